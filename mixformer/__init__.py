@@ -1,0 +1,14 @@
+"""Compose transformers out of mixins."""
+
+from mixformer.cache import KVCache
+from mixformer.config import TransformerConfig
+from mixformer.context import Context
+from mixformer.hooks import replace, wrap
+from mixformer.mixin import BaseMixin, SiteMixin
+from mixformer.model import BaseModel, Output
+from mixformer.sites import Linear
+
+__all__ = [
+    "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig", "replace",
+    "wrap",
+]

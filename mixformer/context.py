@@ -1,0 +1,84 @@
+"""Context: what travels through one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixformer.routes import Routes, route_tokens
+
+if TYPE_CHECKING:
+    from mixformer.cache import KVCache
+    from mixformer.masks import LoweredMask, Mask
+
+
+class Context:
+    """What one forward carries: inputs, positions, mask, cache, token routes and what mixins share.
+
+    Mixins write in two phases, `plan` (integers) and `before_forward` (weights). Layers only read, so that they
+    can be recomputed and compiled.
+
+    Attributes:
+        input_ids: [b, s] or None in towers.
+        attention_mask: [b, s] bool, True on real tokens, or None when there is no padding.
+        position_ids: [b, s] or None until the plan is complete.
+        position_steps: [b, s] int64 during `plan`: by how much each token moves the position on (1 on real tokens).
+        mask: a mask description during `plan`, lowered before the first layer.
+        cache: the KVCache or None.
+        inputs: the declared extra inputs that were given.
+        routes: the token routes.
+        selection: names of the routes that the code now running sees, None for all tokens.
+        shared: what mixins hand to layers, keyed "{mixin name}.{what}" by convention.
+        losses: auxiliary losses, added up by the training loop.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        inputs: dict[str, Any] | None = None,
+        declared: dict[str, str] | None = None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.position_ids = position_ids
+        self.position_steps: torch.Tensor | None = None
+        self.mask: Mask | LoweredMask | None = None
+        self.cache = cache
+        self.inputs: dict[str, Any] = inputs or {}
+        self.declared = declared or {}
+        self.routes = Routes()
+        self.selection: tuple[str, ...] | None = None
+        self.shared: dict[str, Any] = {}
+        self.losses: dict[str, torch.Tensor] = {}
+
+    def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
+        """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.
+
+        See `mixformer.routes.route_tokens`.
+        """
+        return route_tokens(self, x, branches)
+
+    def require(self, name: str) -> Any:
+        """The forward input `name`.
+
+        Raises:
+            ValueError: it was not given, or None.
+        """
+        value = self.inputs.get(name)
+        if value is None:
+            raise ValueError(
+                f"The forward input '{name}' is missing; mixin '{self.declared.get(name, '?')}' needs it here. "
+                f"Pass it: model(..., {name}=...)."
+            )
+        return value
+
+    def started(self, inputs: dict[str, Any]) -> Context:
+        """A copy to run with: the planned integers are shared, what layers are given to read is its own."""
+        ctx = Context(self.input_ids, self.attention_mask, self.position_ids, self.cache, inputs, self.declared)
+        ctx.mask, ctx.routes, ctx.shared = self.mask, self.routes, dict(self.shared)
+        return ctx

@@ -1,0 +1,68 @@
+"""Rotary position embedding (arXiv:2104.09864), half-split: dimension i turns with dimension i + d/2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixformer.context import Context
+from mixformer.hooks import replace
+from mixformer.mixin import BaseMixin
+from mixformer.transformer import Layer
+
+
+class RotaryMixin(BaseMixin):
+    """Rotate queries and keys by their position.
+
+    Args:
+        base: wavelength base.
+        tables: `fp32` computes angles in fp32 whatever the model's dtype. `released` keeps the frequencies as a
+            buffer in the model's dtype and multiplies positions in that dtype, as the released CogVLM and CogAgent
+            code does: in bf16 the angles are coarse, and the weights were trained with them.
+
+    Raises:
+        ValueError: another kind of tables; an odd head size, when added.
+    """
+
+    def __init__(self, base: float = 10000.0, tables: str = "fp32") -> None:
+        super().__init__()
+        if tables not in ("fp32", "released"):
+            raise ValueError(f"RotaryMixin tables are 'fp32' or 'released', not {tables!r}.")
+        self.base, self.tables = base, tables
+
+    def build(self, model: Any) -> None:
+        self.head_width: int = model.config.head_width
+        if self.head_width % 2:
+            raise ValueError(f"Rotary positions need an even head size; this model's is {self.head_width}.")
+        if self.tables == "released":
+            self.register_buffer("inv_freq", self.frequencies(None).to(torch.get_default_dtype()))
+
+    def frequencies(self, device: torch.device | None) -> torch.Tensor:
+        """[d / 2] angle per position, fp32."""
+        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device) / self.head_width
+        return 1.0 / (self.base**exponents)
+
+    def angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """[b, s] -> [b, s, d], in the precision of the tables."""
+        frequencies = self.inv_freq if self.tables == "released" else self.frequencies(position_ids.device)
+        half = position_ids[..., None].to(frequencies.dtype) * frequencies
+        return torch.cat([half, half], dim=-1)
+
+    def before_forward(self, ctx: Context) -> None:
+        if ctx.position_ids is None:
+            raise ValueError("Rotary positions need position_ids; give input_ids or position_ids.")
+        angles = self.angles(ctx.position_ids)[:, None]
+        ctx.shared[f"{self.name}.cos"], ctx.shared[f"{self.name}.sin"] = angles.cos(), angles.sin()
+
+    @replace
+    def position_fn(
+        self, q: torch.Tensor, k: torch.Tensor, layer: Layer, ctx: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = ctx.shared[f"{self.name}.cos"].to(q.dtype), ctx.shared[f"{self.name}.sin"].to(q.dtype)
+        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

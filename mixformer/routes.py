@@ -1,0 +1,141 @@
+"""Token routes: which tokens belong to which modality, as index tensors made once per forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Selection = tuple[str, ...]
+TEXT = "text"
+
+
+class Routes:
+    """A partition of the b*s tokens of a batch into named groups; what no group names is `text`.
+
+    Index tensors are sorted flat positions (row * s + slot). A group that is absent costs nothing: a router then
+    calls its one present branch on everything.
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[str, torch.Tensor] = {}
+        self._relative: dict[tuple[Selection, Selection], torch.Tensor] = {}
+        self._inverse: dict[tuple[Selection, ...], torch.Tensor] = {}
+
+    @property
+    def present(self) -> Selection:
+        """Names of the groups that have tokens; empty when everything is text and nothing was ever routed."""
+        return tuple(self.groups)
+
+    def add(self, name: str, index: torch.Tensor, num_tokens: int) -> None:
+        """Give sorted flat positions to a group; they are taken out of `text`.
+
+        Args:
+            name: the keyword that routers use, such as `image`.
+            index: [tokens] int64, sorted, not yet taken by another group; may be empty.
+            num_tokens: b * s.
+
+        Raises:
+            ValueError: the name is taken, or tokens belong to another group already.
+        """
+        if name == TEXT or name in self.groups:
+            raise ValueError(f"The token route '{name}' exists already. Give the second modality a name of its own.")
+        if index.numel() == 0:
+            return
+        is_text = torch.ones(num_tokens, dtype=torch.bool, device=index.device)
+        for other, taken in self.groups.items():
+            if other != TEXT:
+                is_text[taken] = False
+        if not bool(is_text[index].all()):
+            raise ValueError(f"Some tokens of route '{name}' belong to another route already; spans must not overlap.")
+        is_text[index] = False
+        others = {key: value for key, value in self.groups.items() if key != TEXT}
+        text = is_text.nonzero().flatten()
+        self.groups = ({TEXT: text} if text.numel() else {}) | others | {name: index}
+        self._relative.clear()
+        self._inverse.clear()
+        members = [(key,) for key in self.groups]
+        for member in members:
+            self.relative(member, self.present)
+        self.inverse(tuple(members), self.present)
+
+    def size(self, selection: Selection) -> int:
+        """Number of tokens in a selection."""
+        return sum(self.groups[name].shape[0] for name in selection)
+
+    def index(self, selection: Selection) -> torch.Tensor:
+        """Sorted flat positions of a selection."""
+        if len(selection) == 1:
+            return self.groups[selection[0]]
+        return torch.cat([self.groups[name] for name in selection]).sort().values
+
+    def relative(self, members: Selection, selection: Selection) -> torch.Tensor:
+        """Places of `members` inside the tokens of `selection`."""
+        key = (members, selection)
+        if key not in self._relative:
+            index = self.index(members)
+            if len(selection) < len(self.groups):
+                index = torch.searchsorted(self.index(selection), index)
+            self._relative[key] = index
+        return self._relative[key]
+
+    def inverse(self, parts: tuple[Selection, ...], selection: Selection) -> torch.Tensor:
+        """The permutation that puts the concatenated parts back into the order of `selection`."""
+        key = (*parts, selection)
+        if key not in self._inverse:
+            self._inverse[key] = torch.cat([self.relative(part, selection) for part in parts]).argsort()
+        return self._inverse[key]
+
+
+def route_tokens(ctx: Any, x: torch.Tensor, branches: dict[str, Callable[[torch.Tensor], Any]]) -> Any:
+    """Send each token group of `x` through its branch and put the results back in order.
+
+    Nested calls intersect: inside a branch the selection is that branch's groups. Groups without a branch go with
+    `text`. A branch may return a tensor or a tuple of tensors.
+
+    Args:
+        ctx: the context that holds the routes and the current selection.
+        x: [..., h], one row per token of the current selection.
+        branches: one callable per group, [tokens, h] -> [tokens, o]; `text` is required.
+
+    Returns:
+        what the branches return, with the leading axes of `x`.
+
+    Raises:
+        ValueError: `text` is missing, or `x` does not have as many tokens as the current selection.
+    """
+    if TEXT not in branches:
+        raise ValueError("ctx.route(...) needs a `text` branch, for the tokens that no other branch takes.")
+    routes: Routes = ctx.routes
+    selection: Selection = routes.present if ctx.selection is None else ctx.selection
+    if not selection:
+        return branches[TEXT](x)
+    owners = {name: (name if name in branches else TEXT) for name in selection}
+    parts = tuple(
+        tuple(name for name in selection if owners[name] == branch) for branch in branches if branch in owners.values()
+    )
+    names = [owners[part[0]] for part in parts]
+    flat = x.reshape(-1, x.shape[-1])
+    if not torch.compiler.is_compiling() and flat.shape[0] != routes.size(selection):
+        raise ValueError(
+            f"ctx.route got {flat.shape[0]} tokens, but the current selection ({', '.join(selection)}) has "
+            f"{routes.size(selection)}. Route the same tokens that the hook received, without dropping or padding."
+        )
+    if len(parts) == 1:
+        return branches[names[0]](x)
+    outer = ctx.selection
+    results = []
+    for name, part in zip(names, parts, strict=True):
+        ctx.selection = part
+        results.append(branches[name](flat.index_select(0, routes.relative(part, selection))))
+    ctx.selection = outer
+    order = routes.inverse(parts, selection)
+    if isinstance(results[0], tuple):
+        return tuple(_merge(pieces, order, x) for pieces in zip(*results, strict=True))
+    return _merge(results, order, x)
+
+
+def _merge(pieces: Any, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    merged = torch.cat(list(pieces)).index_select(0, order)
+    return merged.view(*x.shape[:-1], merged.shape[-1])

@@ -1,0 +1,1 @@
+"""Models: each file only composes mixins on the backbone."""

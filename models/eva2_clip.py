@@ -1,0 +1,100 @@
+"""EVA2-CLIP vision towers (arXiv:2303.15389): E for CogVLM and CogAgent, L for CogAgent's high-resolution branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mixformer import BaseModel, TransformerConfig
+from mixformer.mixins import PatchEmbeddingMixin, QVBiasMixin, Rotary2DMixin, StoredHeadMixin, SubNormMixin
+
+
+@dataclass
+class VisionTowerConfig(TransformerConfig):
+    """What every tower has.
+
+    Attributes:
+        image_size: side of the pictures.
+        patch_size: side of a patch.
+        in_channels: colour channels.
+        stem_channels: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
+    """
+
+    causal: bool = False
+    norm_eps: float = 1e-6
+    final_norm: bool = False
+    positions: str = "learned"
+    image_size: int = 224
+    patch_size: int = 14
+    in_channels: int = 3
+    stem_channels: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
+        self.max_positions = self.grid**2 + 1
+        super().__post_init__()
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class EVA2CLIPEConfig(VisionTowerConfig):
+    """EVA02-CLIP-bigE without its last block, by default at 224."""
+
+    hidden_size: int = 1792
+    num_layers: int = 63
+    num_heads: int = 16
+    inner_hidden_size: int | None = 15360
+    norm_order: str = "res_post"
+
+
+class EVA2CLIPE(BaseModel):
+    """x + LN(f(x)) blocks over patches with learned positions; features [m, patches, 1792]."""
+
+    Config = EVA2CLIPEConfig
+    config: EVA2CLIPEConfig
+
+    def compose(self) -> None:
+        config = self.config
+        stem = config.stem_channels
+        self.add_mixin("patches", PatchEmbeddingMixin(config.image_size, config.patch_size, config.in_channels, stem))
+
+
+@dataclass
+class EVA2CLIPLConfig(VisionTowerConfig):
+    """EVA02-CLIP-L at 1120; 24 blocks stored, 23 run, as CogAgent releases it.
+
+    Attributes:
+        pretraining_grid: rotary positions are stretched to this grid.
+        stored_head_size: rows of the unused contrastive head that the release carries; 0 for none.
+    """
+
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_layers_run: int | None = 23
+    num_heads: int = 16
+    inner_hidden_size: int | None = 2730
+    bias: str = "except_qkv"
+    activation: str = "silu"
+    gated_mlp: bool = True
+    image_size: int = 1120
+    pretraining_grid: int = 16
+    stored_head_size: int = 768
+
+
+class EVA2CLIPL(EVA2CLIPE):
+    """Pre-norm blocks with sub-LN, SwiGLU, learned positions and 2-D rotary ones; features [m, patches, 1024]."""
+
+    Config = EVA2CLIPLConfig
+    config: EVA2CLIPLConfig  # type: ignore[assignment]
+
+    def compose(self) -> None:
+        super().compose()
+        self.add_mixin("qv_bias", QVBiasMixin())
+        self.add_mixin("rotary", Rotary2DMixin(self.config.grid, self.config.pretraining_grid))
+        self.add_mixin("sub_norm", SubNormMixin())
+        if self.config.stored_head_size:
+            self.add_mixin("stored", StoredHeadMixin(self.config.stored_head_size))
