@@ -3,12 +3,14 @@
 from mixformer.cache import KVCache
 from mixformer.config import TransformerConfig
 from mixformer.context import Context
+from mixformer.data.processor import load_processor
+from mixformer.generate import generate
 from mixformer.hooks import replace, wrap
 from mixformer.mixin import BaseMixin, SiteMixin
 from mixformer.model import BaseModel, Output
 from mixformer.sites import Linear
 
 __all__ = [
-    "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig", "replace",
-    "wrap",
+    "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig", "generate",
+    "load_processor", "replace", "wrap",
 ]

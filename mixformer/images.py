@@ -129,8 +129,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise ValueError(_too_large(name, str(error))) from error
     except Exception as error:
         raise ValueError(
-            f"{name} is not a picture that can be read ({error}): give a PNG, JPEG, WebP, GIF, BMP or TIFF "
-            f"file"
+            f"{name} is not a picture that can be read ({error}): give a PNG, JPEG, WebP, GIF, BMP or TIFF file"
         ) from error
     return _to_rgb(_decode(picture, name), name)
 
@@ -168,9 +167,7 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F":
         return _from_array(np.asarray(picture), name)
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert(
-            "RGBA"
-        )  # the same numbers, without Pillow's warning about the dropped alpha
+        picture = picture.convert("RGBA")  # the same numbers, without Pillow's warning about the dropped alpha
     return picture.convert("RGB")
 
 

@@ -165,9 +165,7 @@ def render_prompt(
     return text
 
 
-def extract_answer(
-    text: str, template: str | None = None, family: str = "hf-cogvlm", end: str = "</s>"
-) -> str:
+def extract_answer(text: str, template: str | None = None, family: str = "hf-cogvlm", end: str = "</s>") -> str:
     """Take the answer out of a model's text, which may repeat the prompt.
 
     Args:

@@ -203,9 +203,7 @@ class BPETokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         (target / BPE_FILE).write_text(self._model.to_str(), encoding="utf-8")
-        roles = {
-            f"{role}_token": self._model.id_to_token(i) for role, i in self._ids.items() if i is not None
-        }
+        roles = {f"{role}_token": self._model.id_to_token(i) for role, i in self._ids.items() if i is not None}
         (target / "tokenizer_config.json").write_text(json.dumps(roles, indent=2) + "\n", encoding="utf-8")
 
 
@@ -227,7 +225,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 return load_tokenizer(path / name)
         raise ValueError(
             f"{path} holds no tokenizer ({SENTENCEPIECE_FILE} or {BPE_FILE}): copy the one the model was "
-            f"trained with into it, or name it (released CogVLM and CogAgent use that of lmsys/vicuna-7b-v1.5)"
+            f"trained with into it, or name it (CogVLM and CogAgent use that of lmsys/vicuna-7b-v1.5)"
         )
     kinds: dict[str, Any] = {".model": SentencePieceTokenizer, ".json": BPETokenizer}
     if path.suffix not in kinds:

@@ -35,20 +35,19 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         widths = qkv_parts(config)
-        self.qkv = Linear(
-            config.hidden_size, sum(widths.values()), config.bias in ("all", "qkv"), widths, config.init_std
-        )
-        self.dense = Linear(widths["q"], config.hidden_size, config.bias in ("all", "except_qkv"), init_std=residual_std(config))
-        self.q_norm = RMSNorm(config.head_width, config.norm_eps, config.norm_cast) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_width, config.norm_eps, config.norm_cast) if config.qk_norm else None
+        size, std = config.hidden_size, config.init_std
+        self.qkv = Linear(size, sum(widths.values()), config.bias in ("all", "qkv"), widths, std)
+        self.dense = Linear(widths["q"], size, config.bias in ("all", "except_qkv"), init_std=residual_std(config))
+        head_norm = (config.head_width, config.norm_eps, config.norm_cast)
+        self.q_norm = RMSNorm(*head_norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(*head_norm) if config.qk_norm else None
 
 
 def make_mlp(config: TransformerConfig) -> MLP:
     """The MLP that the backbone has under this config; experts and connectors make theirs alike."""
-    return MLP(
-        config.hidden_size, config.inner_size, config.gated_mlp, config.bias in ("all", "except_qkv"), config.activation,
-        config.init_std, residual_std(config),
-    )
+    has_bias = config.bias in ("all", "except_qkv")
+    sizes = (config.hidden_size, config.inner_size)
+    return MLP(*sizes, config.gated_mlp, has_bias, config.activation, config.init_std, residual_std(config))
 
 
 class Layer(nn.Module):
@@ -67,7 +66,7 @@ class Layer(nn.Module):
         self.mlp_output_norm = make_norm(config) if sandwich else None
         self.attention_scale = None if scale is None else nn.Parameter(torch.full((size,), scale))
         self.mlp_scale = None if scale is None else nn.Parameter(torch.full((size,), scale))
-        self.mixins = nn.ModuleDict()
+        self.mixins: Any = nn.ModuleDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hooks": None}
@@ -88,7 +87,7 @@ class Transformer(nn.Module):
         learned = config.positions == "learned"
         self.position_embeddings = _embedding(config.max_positions, size, config) if learned else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.final_norm = make_norm(config) if config.final_norm else None
 
     def word_embedding_forward(self, input_ids: torch.Tensor | None, ctx: Context) -> torch.Tensor:
@@ -160,7 +159,7 @@ def attention_forward(hidden_states: torch.Tensor, layer: Layer, ctx: Context) -
     q, k, v = hooks.qkv_forward(hidden_states, layer, ctx)
     size = layer.config.head_width
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))
-    if attention.q_norm is not None:
+    if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q, ctx), attention.k_norm(k, ctx)
     q, k = hooks.position_fn(q, k, layer, ctx)
     if ctx.cache is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mixformer import BaseModel, TransformerConfig
 from mixformer.mixins import PatchEmbeddingMixin, QVBiasMixin, Rotary2DMixin, StoredHeadMixin, SubNormMixin
@@ -30,7 +31,7 @@ class VisionTowerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
+            raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch_size}.")
         self.max_positions = self.grid**2 + 1
         super().__post_init__()
 
@@ -54,13 +55,13 @@ class EVA2CLIPEConfig(VisionTowerConfig):
 class EVA2CLIPE(BaseModel):
     """x + LN(f(x)) blocks over patches with learned positions; features [m, patches, 1792]."""
 
-    Config = EVA2CLIPEConfig
-    config: EVA2CLIPEConfig
+    Config: ClassVar[type[TransformerConfig]] = EVA2CLIPEConfig
+    config: VisionTowerConfig
 
     def compose(self) -> None:
         config = self.config
-        stem = config.stem_channels
-        self.add_mixin("patches", PatchEmbeddingMixin(config.image_size, config.patch_size, config.in_channels, stem))
+        patches = (config.image_size, config.patch_size, config.in_channels, config.stem_channels)
+        self.add_mixin("patches", PatchEmbeddingMixin(*patches))
 
 
 @dataclass
@@ -86,10 +87,10 @@ class EVA2CLIPLConfig(VisionTowerConfig):
 
 
 class EVA2CLIPL(EVA2CLIPE):
-    """Pre-norm blocks with sub-LN, SwiGLU, learned positions and 2-D rotary ones; features [m, patches, 1024]."""
+    """Pre-norm blocks with sub-LN, SwiGLU, learned and 2-D rotary positions; features [m, patches, 1024]."""
 
     Config = EVA2CLIPLConfig
-    config: EVA2CLIPLConfig  # type: ignore[assignment]
+    config: EVA2CLIPLConfig
 
     def compose(self) -> None:
         super().compose()

@@ -52,9 +52,7 @@ class Box:
     @classmethod
     def from_pixels(cls, x0: float, y0: float, x1: float, y1: float, width: float, height: float) -> Box:
         """Make a box of pixel coordinates in a picture of width x height, rounded and kept inside it."""
-        return cls(
-            _thousandth(x0, width), _thousandth(y0, height), _thousandth(x1, width), _thousandth(y1, height)
-        )
+        return cls(_thousandth(x0, width), _thousandth(y0, height), _thousandth(x1, width), _thousandth(y1, height))
 
     def pixels(self, width: float, height: float) -> tuple[float, float, float, float]:
         """Pixel coordinates x0, y0, x1, y1 in a picture of width x height, not rounded."""
@@ -158,8 +156,8 @@ def draw_boxes(image: ImageSource, boxes: Sequence[Box], labels: Sequence[str] |
 
     Each frame is a coloured line between a white and a black one, so that it shows on light and on dark
     screens; it lies around the box where the picture leaves room. Labels are white on the frame's colour,
-    above the box or, where there is no room, under its upper edge; they are shortened rather than cut by the
-    border.
+    above the box, below it where there is no room above, inside it where there is none below; they are
+    shortened rather than cut by the border.
 
     Args:
         image: anything `load_image` takes; never changed.
@@ -176,7 +174,7 @@ def draw_boxes(image: ImageSource, boxes: Sequence[Box], labels: Sequence[str] |
         raise ValueError(f"{len(labels)} label(s) for {len(boxes)} box(es): give one label per box, or none")
     picture = load_image(image).copy()
     draw = ImageDraw.Draw(picture)
-    line = max(1, round(min(picture.size) / 250))
+    line = max(2, round(min(picture.size) / 200))
     frames = [_frame(box, picture.size, line) for box in boxes]
     for number, frame in enumerate(frames):
         lines = (((0, 0, 0), 0, 1), (_colour(number), 1, line), ((255, 255, 255), 1 + line, 1))
@@ -221,7 +219,7 @@ def _draw_label(
     text_width = int(draw.textlength(text, font=font)) + 1 + 2 * margin
     text_height = ascent + descent + margin
     x = min(max(frame[0], 0), width - text_width)
-    y = frame[1] - text_height if frame[1] >= text_height else frame[1]
-    y = max(min(y, height - text_height), 0)
+    places = (frame[1] - text_height, frame[3] + 1, frame[1])
+    y = next((place for place in places if 0 <= place <= height - text_height), 0)
     draw.rectangle((x, y, x + text_width - 1, y + text_height - 1), fill=colour)
     draw.text((x + margin, y + margin // 2), text, fill=(255, 255, 255), font=font)

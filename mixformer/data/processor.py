@@ -262,9 +262,7 @@ class Processor:
         }
         (target / PROCESSOR_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
-    def _row(
-        self, prompt: Prompt, images: Images, template: str | None, history: Sequence[Turn] | None
-    ) -> _Row:
+    def _row(self, prompt: Prompt, images: Images, template: str | None, history: Sequence[Turn] | None) -> _Row:
         config = self.config
         pictures = _as_images(images)
         if pictures and config.image_size is None:
@@ -447,9 +445,7 @@ def _read_sat(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict
 
 def _required(content: dict[str, Any], name: str, file: Path) -> Any:
     if name not in content:
-        raise ValueError(
-            f"{file} lacks {name!r} of the vision tower: is it the file of a CogVLM or CogAgent?"
-        )
+        raise ValueError(f"{file} lacks {name!r} of the vision tower: is it the file of a CogVLM or CogAgent?")
     return content[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class PatchEmbeddingMixin(BaseMixin):
     def build(self, model: Any) -> None:
         size = model.config.hidden_size
         widths = [self.in_channels, *self.stem_channels]
-        stem = [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
+        stem = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths)]
         self.stem = nn.ModuleList(stem)
         side = self.patch_size // 2 ** len(stem)
         self.conv = nn.Conv2d(widths[-1], size, side, side)

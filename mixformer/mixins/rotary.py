@@ -25,6 +25,8 @@ class RotaryMixin(BaseMixin):
         ValueError: another kind of tables; an odd head size, when added.
     """
 
+    inv_freq: torch.Tensor
+
     def __init__(self, base: float = 10000.0, tables: str = "fp32") -> None:
         super().__init__()
         if tables not in ("fp32", "released"):
