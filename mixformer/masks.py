@@ -149,7 +149,7 @@ def lower(
             return LoweredMask()
         if type(mask) is Causal:
             if num_queries == num_keys:
-                return LoweredMask(is_causal=num_queries > 1)
+                return LoweredMask(is_causal=True)
             if num_queries == 1 and offset + 1 == num_keys:
                 return LoweredMask()
     query = torch.arange(num_queries, device=device) + offset

@@ -26,12 +26,12 @@ class BaseMixin(nn.Module):
     Attributes:
         inputs: extra forward inputs the mixin reads; undeclared names are refused.
         whole_sequence: its `final_forward` needs [b, s, h], not only the positions asked for.
-        name: the name under which a model has it; None while no model does.
+        name: the name under which a model has it; empty while no model does.
     """
 
     inputs: tuple[str, ...] = ()
     whole_sequence: bool = False
-    name: str | None = None
+    name: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

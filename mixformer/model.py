@@ -6,7 +6,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -80,7 +81,7 @@ class BaseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = self.Config() if config is None else config
-        self.mixins = nn.ModuleDict()
+        self.mixins: Any = nn.ModuleDict()
         self.scopes: dict[str, list[int] | None] = {}
         if generator is None:
             self._seed = torch.initial_seed()
@@ -233,7 +234,7 @@ class BaseModel(nn.Module):
         if not isinstance(mixin, BaseMixin):
             raise TypeError(f"'{name}' must be a BaseMixin instance, not {type(mixin).__name__}.")
         owner = mixin.name
-        if owner is not None:
+        if owner:
             raise ValueError(
                 f"This {type(mixin).__name__} already belongs to a model, as '{owner}'. Make another one: "
                 f"{type(mixin).__name__}(**mixin.options)."
@@ -307,14 +308,14 @@ class BaseModel(nn.Module):
         self.scopes = {key: scope if key == name else self.scopes[key] for key in self.mixins}
 
     def _remove(self, name: str) -> dict[int, nn.Module]:
-        mixin = self.mixins.pop(name)
+        mixin: BaseMixin = self.mixins.pop(name)
         scope = self.scopes.pop(name)
         parts = {}
         for index, layer in enumerate(self.transformer.layers):
             if name in layer.mixins:
                 parts[index] = layer.mixins.pop(name)
         indices = list(range(self.config.num_layers) if scope is None else scope)
-        mixin.name = None
+        mixin.name = ""
         mixin.__dict__["_stored"] = ((indices, self.config), parts)
         return parts
 
@@ -552,11 +553,6 @@ class _LayerHooks:
     __slots__ = tuple(LAYER_DEFAULTS)
 
 
-def with_options(config: TransformerConfig, **changes: Any) -> Any:
-    """A copy of a config with some options changed."""
-    return replace(config, **changes)
-
-
 def _insert(modules: nn.ModuleDict, name: str, module: nn.Module, place: int) -> None:
     items = list(modules.items())
     items.insert(place, (name, module))
@@ -569,7 +565,7 @@ def _span(indices: list[int], num_layers: int) -> str:
         return "model"
     if len(indices) == num_layers:
         return "all layers"
-    steps = {b - a for a, b in zip(indices, indices[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(indices)}
     if len(indices) > 2 and len(steps) == 1:
         step = steps.pop()
         return f"layers {indices[0]}-{indices[-1]}" + (f" step {step}" if step > 1 else "")

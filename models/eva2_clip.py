@@ -17,7 +17,7 @@ class VisionTowerConfig(TransformerConfig):
         image_size: side of the pictures.
         patch_size: side of a patch.
         in_channels: colour channels.
-        stem_channels: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
+        stem_channels, stem_depth: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
     """
 
     causal: bool = False
@@ -28,6 +28,7 @@ class VisionTowerConfig(TransformerConfig):
     patch_size: int = 14
     in_channels: int = 3
     stem_channels: list[int] = field(default_factory=list)
+    stem_depth: int = 0
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -60,7 +61,7 @@ class EVA2CLIPE(BaseModel):
 
     def compose(self) -> None:
         config = self.config
-        patches = (config.image_size, config.patch_size, config.in_channels, config.stem_channels)
+        patches = (config.image_size, config.patch_size, config.in_channels, config.stem_channels, config.stem_depth)
         self.add_mixin("patches", PatchEmbeddingMixin(*patches))
 
 

@@ -98,6 +98,7 @@ class CrossAttentionMixin(BaseMixin):
         features = self.encode(ctx.require("cross_images"))
         places = ctx.shared[key]
         if places is None:
+            torch._check(len(features) == len(ctx.input_ids))
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         else:
             valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)

@@ -14,6 +14,30 @@ from mixformer.hooks import replace
 from mixformer.mixin import BaseMixin
 
 
+class StemStage(nn.Module):
+    """[m, c, y, x] -> [m, size, y/2, x/2]: a 3x3 convolution of stride 2, and residual 3x3 convolutions after it.
+
+    Args:
+        in_channels: channels that come in.
+        size: channels that go out.
+        depth: number of residual convolutions; a stage without any has no norms either.
+    """
+
+    def __init__(self, in_channels: int, size: int, depth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, size, 3, 2, 1)
+        self.norm = nn.GroupNorm(1, size) if depth else nn.Identity()
+        self.residual = nn.ModuleList(nn.Conv2d(size, size, 3, 1, 1) for _ in range(depth))
+        self.residual_norm = nn.GroupNorm(1, size) if depth else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        for index, conv in enumerate(self.residual):
+            y = conv(x)
+            x = x + F.relu(self.residual_norm(y) if index == len(self.residual) - 1 else y)
+        return x
+
+
 class PatchEmbeddingMixin(BaseMixin):
     """Cut pictures into patches, put a cls token before them, and drop it again at the end.
 
@@ -21,8 +45,10 @@ class PatchEmbeddingMixin(BaseMixin):
         image_size: pictures are image_size x image_size.
         patch_size: side of a patch, a divisor of image_size.
         in_channels: colour channels.
-        stem_channels: widths of 3x3 stride-2 convolutions with GELU before the patch convolution (early
-            convolutions, arXiv:2106.14881); each halves what is left of the patch for the last one.
+        stem_channels: widths of the stages of an early-convolution stem (arXiv:2106.14881) before the patch
+            convolution; each stage halves what is left of the patch for the last one.
+        stem_depth: residual convolutions in each stage but the first. What the second stage gives is at
+            `ctx.shared["{name}.stem"]` for mixins that look at it.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -32,7 +58,8 @@ class PatchEmbeddingMixin(BaseMixin):
     whole_sequence = True
 
     def __init__(
-        self, image_size: int, patch_size: int, in_channels: int = 3, stem_channels: list[int] | None = None
+        self, image_size: int, patch_size: int, in_channels: int = 3, stem_channels: list[int] | None = None,
+        stem_depth: int = 0,
     ) -> None:
         super().__init__()
         self.stem_channels = list(stem_channels or [])
@@ -41,11 +68,12 @@ class PatchEmbeddingMixin(BaseMixin):
         if patch_size % 2 ** len(self.stem_channels):
             raise ValueError(f"patch_size {patch_size} cannot be halved {len(self.stem_channels)} times by the stem.")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
+        self.stem_depth = stem_depth
 
     def build(self, model: Any) -> None:
         size = model.config.hidden_size
         widths = [self.in_channels, *self.stem_channels]
-        stem = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths)]
+        stem = [StemStage(a, b, self.stem_depth if i else 0) for i, (a, b) in enumerate(pairwise(widths))]
         self.stem = nn.ModuleList(stem)
         side = self.patch_size // 2 ** len(stem)
         self.conv = nn.Conv2d(widths[-1], size, side, side)
@@ -62,8 +90,12 @@ class PatchEmbeddingMixin(BaseMixin):
     @replace
     def word_embedding_forward(self, input_ids: None, ctx: Context) -> torch.Tensor:
         x = ctx.require("images")
-        for conv in self.stem:
-            x = F.gelu(conv(x))
+        if self.stem:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for index, stage in enumerate(self.stem):
+            x = stage(x)
+            if index == 1:
+                ctx.shared[f"{self.name}.stem"] = x
         patches = self.conv(x).flatten(2).transpose(1, 2)
         return torch.cat([self.cls.expand(len(patches), 1, -1), patches], dim=1)
 

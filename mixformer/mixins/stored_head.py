@@ -23,5 +23,13 @@ class StoredHeadMixin(BaseMixin):
         self.norm = make_norm(model.config)
         self.head = Linear(model.config.hidden_size, self.out_size)
         self.requires_grad_(False)
-        unused = model.transformer.layers[model.config.layers_run :]
-        unused.requires_grad_(False)
+
+    def on_attach(self, model: Any) -> None:
+        self._unused(model).requires_grad_(False)
+
+    def on_detach(self, model: Any) -> None:
+        self._unused(model).requires_grad_(True)
+
+    @staticmethod
+    def _unused(model: Any) -> Any:
+        return model.transformer.layers[model.config.layers_run :]
