@@ -1,6 +1,7 @@
 """Compose transformers out of mixins."""
 
 from mixformer.cache import KVCache
+from mixformer.checkpoint import from_pretrained, save_pretrained
 from mixformer.config import TransformerConfig
 from mixformer.context import Context
 from mixformer.data.processor import load_processor
@@ -11,6 +12,6 @@ from mixformer.model import BaseModel, Output
 from mixformer.sites import Linear
 
 __all__ = [
-    "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig", "generate",
-    "load_processor", "replace", "wrap",
+    "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig",
+    "from_pretrained", "generate", "load_processor", "replace", "save_pretrained", "wrap",
 ]

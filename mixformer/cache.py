@@ -69,7 +69,11 @@ class KVCache:
                 f"The cache holds {self.capacity} tokens per row; {self.length} are used and {num_tokens} more do not "
                 f"fit. Make it larger: KVCache(model, batch_size, capacity={self.length + num_tokens})."
             )
-        return self.capacity if self.static else self.length + num_tokens
+        return self.num_keys(num_tokens)
+
+    def num_keys(self, num_tokens: int) -> int:
+        """Key slots that attention sees once the next tokens are in."""
+        return self.capacity if self.static else self._length + num_tokens
 
     def update(self, layer_index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [b, g, s, d] behind what is there and return all keys and values, [b, g, t, d]."""

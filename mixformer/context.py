@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mixformer.masks import Mask
 from mixformer.routes import Routes, route_tokens
 
 if TYPE_CHECKING:
     from mixformer.cache import KVCache
-    from mixformer.masks import LoweredMask, Mask
+    from mixformer.masks import LoweredMask
 
 
 class Context:
@@ -32,6 +33,8 @@ class Context:
         selection: names of the routes that the code now running sees, None for all tokens.
         shared: what mixins hand to layers, keyed "{mixin name}.{what}" by convention.
         losses: auxiliary losses, added up by the training loop.
+        dynamic: the plan is for a compiled graph that must serve batches of every size: prefer one general way over
+            a faster special case.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Context:
         self.selection: tuple[str, ...] | None = None
         self.shared: dict[str, Any] = {}
         self.losses: dict[str, torch.Tensor] = {}
+        self.dynamic = False
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
         """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.
@@ -82,3 +86,40 @@ class Context:
         ctx = Context(self.input_ids, self.attention_mask, self.position_ids, self.cache, inputs, self.declared)
         ctx.mask, ctx.routes, ctx.shared = self.mask, self.routes, dict(self.shared)
         return ctx
+
+    def mark_dynamic(self) -> None:
+        """Tell `torch.compile` which sizes of this plan and its inputs differ from batch to batch.
+
+        Sizes of rows and of routed tokens are marked as unknown, since a known size of one gets a graph of its own.
+        The sequence length and the number of pictures are only marked as dynamic: attention and convolutions need
+        to see them.
+        """
+        assert self.input_ids is not None
+        shape = self.input_ids.shape
+        for tensor in _tensors([vars(self), vars(self.routes), self.mask]):
+            if tensor.shape[:2] == shape:
+                _mark_unknown(tensor, 0, "rows")
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            elif tensor.is_floating_point():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            elif tensor.dim() == 2:  # places per row, [b, k]
+                _mark_unknown(tensor, 0, "rows")
+                _mark_unknown(tensor, 1)
+            elif tensor.dim() == 1:
+                _mark_unknown(tensor, 0)
+
+
+def _mark_unknown(tensor: torch.Tensor, dim: int, same_as: str | None = None) -> None:
+    torch._dynamo.decorators.mark_unbacked(tensor, dim, min=1, shape_id=same_as)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mask):
+        yield from _tensors(list(vars(value).values()))

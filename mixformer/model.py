@@ -289,7 +289,7 @@ class BaseModel(nn.Module):
                 assert isinstance(layer, Layer)
                 part = mixin.build_layer(layer)
                 if part is not None:
-                    parts[index] = part
+                    parts[index] = part.requires_grad_(False) if index >= self.config.layers_run else part
         mixin.train(self.training)
         for part in parts.values():
             part.train(self.training)
@@ -421,11 +421,15 @@ class BaseModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        dynamic: bool = False,
         **inputs: Any,
     ) -> Context:
         """Everything about a batch that integers tell: positions, mask, routes. `forward(..., plan=...)` takes it.
 
         A collator can do this outside a compiled graph; otherwise `forward` does it. Arguments as of `forward`.
+        With `dynamic`, sizes that differ from batch to batch are marked, so that a few graphs of `torch.compile`
+        serve all batches.
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         unknown = [name for name in inputs if name not in self.declared]
@@ -437,6 +441,7 @@ class BaseModel(nn.Module):
         if attention_mask is not None:
             attention_mask = self._checked_mask(input_ids, attention_mask)
         ctx = Context(input_ids, attention_mask, position_ids, cache, given, self.declared)
+        ctx.dynamic = dynamic
         if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids must be [b, s]; got shape {tuple(input_ids.shape)}.")
@@ -454,6 +459,8 @@ class BaseModel(nn.Module):
             ctx.position_ids = (ctx.position_steps.cumsum(1) - 1).clamp_min(0)
             if cache is not None:
                 ctx.position_ids = ctx.position_ids + cache.next_position[:, None]
+        if dynamic:
+            ctx.mark_dynamic()
         return ctx
 
     def _checked_mask(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor | None:
@@ -501,7 +508,7 @@ class BaseModel(nn.Module):
             mixin.before_forward(ctx)
         hooks: Any = self.hooks
         hidden_states = hooks.word_embedding_forward(ctx.input_ids, ctx)
-        num_rows, num_tokens = hidden_states.shape[:2]
+        num_tokens = hidden_states.shape[1]
         if ctx.position_ids is None:
             ctx.position_ids = torch.arange(num_tokens, device=hidden_states.device)[None]
         positions = hooks.position_embedding_forward(ctx.position_ids, ctx)
@@ -509,13 +516,13 @@ class BaseModel(nn.Module):
             hidden_states = hidden_states + positions
         hidden_states = hooks.embedding_norm_forward(hidden_states, ctx)
         mask, cache = hooks.attention_mask_forward(ctx.mask, ctx), ctx.cache
-        num_keys, offset = (num_tokens, 0) if cache is None else (cache.reserve(num_rows, num_tokens), cache.offset)
+        num_keys, offset = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
         ctx.mask = lower(mask, num_tokens, num_keys, offset, hidden_states.device)
         hidden: dict[int | str, torch.Tensor] = {"embeddings": hidden_states}
         for index in range(self.config.layers_run):
             layer = self.transformer.layers[index]
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                hidden_states = checkpoint(layer, hidden_states, ctx, use_reentrant=False)
+                hidden_states = checkpoint(_run_apart, layer, hidden_states, ctx, use_reentrant=False)
             else:
                 hidden_states = layer(hidden_states, ctx)
             if index in hidden_layers:
@@ -545,6 +552,13 @@ class BaseModel(nn.Module):
         return self.run(
             input_ids, attention_mask, position_ids, cache, plan=plan, last_only=last_only, **inputs
         ).logits
+
+
+def _run_apart(layer: nn.Module, hidden_states: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """A layer with a context of its own: compiled checkpoints may not change what lies outside of them."""
+    own = ctx.started(ctx.inputs)
+    own.losses = ctx.losses
+    return layer(hidden_states, own)
 
 
 class _LayerHooks:

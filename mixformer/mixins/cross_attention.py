@@ -80,7 +80,7 @@ class CrossAttentionMixin(BaseMixin):
                 f"{num_images} cross_images were given for {len(rows)} image place(s). Pass one for each image, in the "
                 f"same order."
             )
-        if torch.equal(rows, torch.arange(num_rows, device=rows.device)):
+        if not ctx.dynamic and torch.equal(rows, torch.arange(num_rows, device=rows.device)):
             ctx.shared[f"{self.name}.rows"] = None
             return
         counts = torch.bincount(rows, minlength=num_rows)
@@ -98,7 +98,6 @@ class CrossAttentionMixin(BaseMixin):
         features = self.encode(ctx.require("cross_images"))
         places = ctx.shared[key]
         if places is None:
-            torch._check(len(features) == len(ctx.input_ids))
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         else:
             valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)

@@ -1,0 +1,290 @@
+"""Safetensors folders: checked while they are opened, read tensor by tensor, written in shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PRODUCER = {"format": "pt", "producer": "mixformer"}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Shape = tuple[int, ...]
+
+
+class TensorSource(Protocol):
+    """Named tensors somewhere on disk.
+
+    Attributes:
+        shapes: {name: shape}, in the order in which reading is cheapest.
+        num_bytes: of all of them.
+        where: the place, for messages.
+    """
+
+    shapes: dict[str, Shape]
+    num_bytes: int
+    where: str
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype; it may be a view of the file."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
+class SafetensorsFolder:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+
+    Args:
+        folder: where they are.
+        verify: hash every shard whose SHA-256 the index records, so that a flipped bit is found.
+
+    Raises:
+        ValueError: no weights, a missing, truncated or damaged file, an index that does not match its files, or a
+            tensor that is there twice.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.where = str(folder)
+        self.shapes: dict[str, Shape] = {}
+        self.num_bytes = 0
+        self._homes: dict[str, tuple[str, Any]] = {}
+        index_path, single = folder / INDEX, folder / SINGLE
+        if index_path.is_file():
+            index = read_json(index_path)
+            weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index_path} has no 'weight_map'. Fetch the file again.")
+        elif single.is_file():
+            weight_map, metadata = None, {}
+        else:
+            raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}.{_other_weights(folder)}")
+        names = [SINGLE] if weight_map is None else sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index_path} names '{outside[0]}', which is outside its folder; it is refused.")
+        with ExitStack() as stack:
+            for name in names:
+                self._open(folder / name, stack, metadata.get("sha256", {}).get(name) if verify else None)
+            if weight_map is not None:
+                self._check_index(index_path, weight_map)
+            self._stack = stack.pop_all()
+
+    def _open(self, path: Path, stack: ExitStack, digest: str | None) -> None:
+        check_safetensors(path)
+        if digest is not None and sha256(path) != digest:
+            raise ValueError(
+                f"{path} is damaged: its SHA-256 is not the one that {INDEX} recorded when it was written. Copy it "
+                f"again from where it is intact."
+            )
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Fetch or copy it again.") from error
+        for name in file.keys():
+            if name in self._homes:
+                raise ValueError(
+                    f"The tensor '{name}' is in two files of {self.where}; one of them is {path.name}. Files of two "
+                    f"downloads may have been mixed: fetch the folder again."
+                )
+            view = file.get_slice(name)
+            self.shapes[name] = tuple(view.get_shape())
+            self._homes[name] = (path.name, file)
+        self.num_bytes += path.stat().st_size
+
+    def _check_index(self, path: Path, weight_map: dict[str, str]) -> None:
+        absent = [name for name, file in weight_map.items() if name not in self._homes or self._homes[name][0] != file]
+        if absent:
+            raise ValueError(
+                f"{path} lists {len(absent)} tensor(s) that its files do not have, such as '{absent[0]}' "
+                f"in {weight_map[absent[0]]}. The index and the files do not belong together: fetch both again."
+            )
+        unlisted = [name for name in self.shapes if name not in weight_map]
+        if unlisted:
+            raise ValueError(
+                f"The files of {self.where} have {len(unlisted)} tensor(s) that {path.name} does not list, such as "
+                f"'{unlisted[0]}'. The index and the files do not belong together: fetch both again."
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype; it may be a view of the file."""
+        tensor: torch.Tensor = self._homes[name][1].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._homes.clear()
+        self._stack.close()
+
+
+def _other_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles:
+        return (
+            f" It has {pickles[0]}, a pickle; convert it to safetensors (in the environment it came from: "
+            f"model.save_pretrained(folder, safe_serialization=True))."
+        )
+    return " The weights are missing: fetch the folder again."
+
+
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is there, and that its size is the one its header promises.
+
+    Raises:
+        ValueError: it is missing, a Git LFS pointer, truncated, or its header is damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {INDEX} or the folder's layout asks for it. Fetch this shard.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights. Run: git lfs pull.")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes). Fetch it again.")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}: its header is damaged. Fetch or copy the file again.") from error
+    if expected != size:
+        raise ValueError(
+            f"{path} has {size} bytes, but its header promises {expected}: it is truncated or damaged. Fetch or copy "
+            f"it again."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object. Fetch it again.")
+    return value
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of `5GB`, `200MiB`, or a plain number.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if isinstance(size, int):
+        number, unit = float(size), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"'{size}' is no size. Write a number of bytes, or such as '5GB' or '200MiB'.")
+        number, unit = float(match[1]), match[2].upper()
+    if number <= 0:
+        raise ValueError(f"A shard size of {size} is too small.")
+    return int(number * _UNITS[unit])
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    max_shard_size: int | str = "5GB",
+    always_index: bool = False,
+) -> None:
+    """Write tensors as `model.safetensors`, or in shards with an index.
+
+    Args:
+        folder: an existing folder.
+        tensors: to write; views are copied one shard at a time.
+        max_shard_size: a shard is closed before it would grow beyond this.
+        always_index: write the index, with the SHA-256 of every shard, even for one file.
+    """
+    limit = parse_size(max_shard_size)
+    plan: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if plan[-1] and filled + tensor.nbytes > limit:
+            plan.append([])
+            filled = 0
+        plan[-1].append(name)
+        filled += tensor.nbytes
+    count = len(plan)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for file, shard in zip(names, plan, strict=True):
+        write_tensors(folder / file, {name: tensors[name] for name in shard})
+        weight_map.update({name: file for name in shard})
+        if always_index:
+            digests[file] = sha256(folder / file)
+    if count > 1 or always_index:
+        metadata: dict[str, Any] = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        if always_index:
+            metadata["sha256"] = digests
+        (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file, marked as ours and readable by whom the folder is (safetensors makes it private)."""
+    save_file(separate(tensors), path, metadata=PRODUCER)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, contiguous, each in a storage of its own, as safetensors wants them."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes and place not in seen
+        found[name] = tensor if whole else tensor.clone()
+        seen.add(place)
+    return found
+
+
+def written_here(folder: Path) -> bool:
+    """Whether the safetensors files of a folder were written by this package."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        return False
+    try:
+        with safe_open(files[0], framework="pt") as file:
+            return (file.metadata() or {}).get("producer") == PRODUCER["producer"]
+    except (SafetensorError, OSError):
+        return False
+
+
+def in_reading_order(source: TensorSource, wanted: Sequence[str]) -> Iterator[str]:
+    """`wanted` names in the order in which the source is cheapest to read."""
+    rank = {name: place for place, name in enumerate(source.shapes)}
+    yield from sorted(wanted, key=lambda name: rank.get(name, len(rank)))
