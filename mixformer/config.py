@@ -477,6 +477,11 @@ def check_keys(cls: Any, values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{where}.{key}: unknown key of {cls.__name__}.{_nearest(str(key), cls, known, where)}")
+        item: Any = _dataclass_of(next(iter(get_args(hints.get(key))), None)) if isinstance(value, list) else None
+        for place, part in enumerate(value if item is not None else ()):
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{where}.{key}[{place}]: expected the keys of {item.__name__}, got {part!r}.")
+            check_keys(item, part, f"{where}.{key}[{place}]")
         nested = _dataclass_of(hints.get(key))
         if nested is None or isinstance(value, nested):
             continue
@@ -752,6 +757,11 @@ def _say(error: Exception, name: str = "", where: str = "") -> str:
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
     if name:
         text = re.sub(rf"\b{name}\.(?=\w+$)", "", text)
+    refused = re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted$", text)
+    if refused is not None:
+        from mixformer.hooks import did_you_mean
+
+        text += f".{did_you_mean(refused[2], options_of(import_class(refused[1], where)))}"
     match = re.fullmatch(r'Parser key "([^"]+)": (.*)', text)
     if match is None:
         return f"{where}: {text}" if where else text

@@ -1,0 +1,340 @@
+"""Command lines: `python -m models.<name> --config FILE`, and the verbs of `mixformer`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixformer import hooks
+from mixformer.config import Settings, import_class, read_settings, settings_parser, split_overrides
+from mixformer.hooks import LAYER_HOOKS, MODEL_HOOKS, SITE_HOOKS
+from mixformer.tokenizer import stream_text
+
+
+def main(class_path: str, arguments: Sequence[str] | None = None) -> None:
+    """Run a job of one model; what `python -m models.<name>` calls.
+
+    Args:
+        class_path: module and class, such as `models.cogagent:CogAgent`.
+        arguments: instead of the process's own.
+
+    Raises:
+        SystemExit: 2 after a user's mistake, whose message goes to stderr.
+    """
+    front = _front(class_path)
+    options, overrides = front.parse_known_args(arguments)
+    if options.help:
+        _print_help(front, class_path)
+        return
+    with _Reported(front.prog, options.traceback):
+        settings = read_settings(import_class(class_path, "class"), options.config, overrides, (options.job,))
+        asked = {"prompt": options.prompt, "image": options.image}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        settings.chat = dataclasses.replace(settings.chat, **asked)
+        JOBS[options.job](settings, options.json)
+
+
+def console(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb of the console script; `python -m mixformer` calls it too.
+
+    Args:
+        arguments: instead of the process's own.
+
+    Raises:
+        SystemExit: 2 after a user's mistake, whose message goes to stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mixformer", description="Compose transformers out of mixins.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "describe", help="count the parameters of a model, by part, and print its hooks; nothing is allocated",
+        allow_abbrev=False,
+    )
+    verb.add_argument(
+        "target", help="a configuration file that has model_class, a checkpoint folder, or module:Class"
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
+    verbs.add_parser("hooks", help="print what every hook receives and returns, as Markdown", allow_abbrev=False)
+    options, overrides = parser.parse_known_args(arguments)
+    with _Reported(f"mixformer {options.verb}", options.traceback):
+        if options.verb == "hooks":
+            split_overrides(overrides)
+            print(hook_reference(), end="")
+            return
+        _describe_settings(_settings_of(options.target, overrides), options.json)
+
+
+def _front(class_path: str) -> argparse.ArgumentParser:
+    module, _, name = class_path.partition(":")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", usage="%(prog)s [--config FILE] [--job JOB] [--section.key value ...]",
+        description=f"Run a job of {name}. Any setting of the file can be overridden: --section.key value.",
+        add_help=False, allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and every setting")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; without one, the model's defaults")
+    parser.add_argument("--job", choices=list(JOBS), default="chat", help="what to do (default: chat)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
+    parser.add_argument("--prompt", help="the question, instead of chat.prompt")
+    parser.add_argument("--image", action="append", help="a picture, instead of chat.image; may be repeated")
+    return parser
+
+
+def _print_help(front: argparse.ArgumentParser, class_path: str) -> None:
+    parser = settings_parser(import_class(class_path, "class"))
+    settings = parser.format_help()
+    print(front.format_help())
+    print("mixins of the file, added in order after the model is built (null takes one of the model's own out):")
+    print("  --mixins.NAME.class_path, --mixins.NAME.init_args.OPTION, --mixins.NAME.layers\n")
+    print(settings[settings.index("options:") :] if "options:" in settings else settings)
+
+
+class _Reported:
+    """Turns mistakes of users into a message and exit code 2; other errors keep their traceback."""
+
+    def __init__(self, program: str, traceback: bool) -> None:
+        self.program, self.traceback = program, traceback
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) and not self.traceback:
+            print(f"{self.program}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\n{self.program}: stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+# ---------------------------------------------------------------- describe
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Count a model's parameters and list its hooks.
+
+    Args:
+        model: a BaseModel, on any device; shapes are enough.
+
+    Returns:
+        `parameters` in total; `model`, its class; `trainable` ones; `transformer`, the backbone's own; `mixins`
+        {name: {class, layers, parameters, parts {part: parameters}}}, where the part "layers" is what a mixin
+        has in the layers; `hooks` [[hook, where, chain]]; and `nested`, the same for the models inside.
+    """
+    mixins = {}
+    for name, mixin in model.mixins.items():
+        parts = {child: _count(module) for child, module in mixin.named_children()}
+        parts.update({child: parameter.numel() for child, parameter in mixin.named_parameters(recurse=False)})
+        in_layers = sum(_count(layer.mixins[name]) for layer in model.transformer.layers if name in layer.mixins)
+        parts.update({"layers": in_layers} if in_layers else {})
+        parts = {part: number for part, number in parts.items() if number}
+        mixins[name] = {
+            "class": type(mixin).__name__, "layers": model.scopes[name], "parameters": sum(parts.values()),
+            "parts": parts,
+        }
+    total = _count(model)
+    return {
+        "parameters": total,
+        "model": type(model).__name__,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "transformer": total - sum(entry["parameters"] for entry in mixins.values()),
+        "mixins": mixins,
+        "hooks": [list(row) for row in model.hooks.rows],
+        "nested": {path: describe(nested) for path, nested in model.nested_models()},
+    }
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _describe_settings(settings: Settings, as_json: bool) -> None:
+    fresh = settings.weights is None or settings.given.get("model")
+    model = settings.build_model("meta") if fresh else settings.load_model("meta")
+    summary = describe(model)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print("\n".join(_lines(summary)))
+
+
+def _lines(summary: dict[str, Any], path: str = "") -> list[str]:
+    title = f"{summary['model']}: {summary['parameters']:,} parameters, {summary['trainable']:,} trainable"
+    rows = [("transformer", summary["transformer"])]
+    for name, entry in summary["mixins"].items():
+        rows.append((f"{name} ({entry['class']})", entry["parameters"]))
+        if len(entry["parts"]) > 1:
+            rows += [(f"  {name}.{part}", number) for part, number in entry["parts"].items()]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{path}: {title}" if path else title, ""]
+    lines += [f"  {label:<{width}}  {number:>15,}" for label, number in rows]
+    table = summary["hooks"]
+    widths = [max(len(row[column]) for row in table) for column in (0, 1)]
+    lines += ["", *(f"  {hook:<{widths[0]}}  {where:<{widths[1]}}  {chain}" for hook, where, chain in table)]
+    for nested_path, nested in summary["nested"].items():
+        if "." not in path:
+            lines += ["", *_lines(nested, f"{path}/{nested_path}" if path else nested_path)]
+    return lines
+
+
+def _settings_of(target: str, overrides: list[str]) -> Settings:
+    folder = Path(target)
+    if folder.is_dir():
+        from mixformer.checkpoint import from_pretrained
+
+        model_class = type(from_pretrained(folder, device="meta"))
+        return read_settings(model_class, None, [f"--weights={folder}", *overrides], ())
+    if folder.suffix in (".yaml", ".yml") or folder.is_file():
+        return read_settings(None, folder, overrides, ())
+    return read_settings(import_class(target, "target"), None, overrides, ())
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def hook_reference() -> str:
+    """The hooks as a Markdown page, made from the docstrings of `HookPoints`."""
+    kinds = {
+        "Model hooks": list(MODEL_HOOKS),
+        "Layer hooks": [name for name in LAYER_HOOKS if name not in SITE_HOOKS],
+        "Site hooks": [name for name in LAYER_HOOKS if name in SITE_HOOKS],
+    }
+    notes = {
+        "Model hooks": "Run once per forward. A mixin's `layers` do not limit them.",
+        "Layer hooks": "Run in every layer, or in those that the mixin was added to.",
+        "Site hooks": "Run at every Linear or norm that `claims_site` says yes to; see `SiteMixin`.",
+    }
+    lines = [
+        "# Hooks", "",
+        "This page is made from the docstrings of `mixformer.hooks.HookPoints`: `mixformer hooks > docs/hooks.md`.", "",
+        *(inspect.getdoc(hooks) or "").split("\n\n", 1)[1].splitlines(), "",
+        "`@replace` methods take the arguments shown after `self`; `@wrap` methods take `old_impl` after them and call "
+        "it with the tensors only.",
+    ]
+    for title, names in kinds.items():
+        lines += ["", f"## {title}", "", notes[title]]
+        for name in names:
+            contract = inspect.getdoc(getattr(hooks.HookPoints, name)) or ""
+            lines += ["", f"### `{name}({', '.join(hooks.HOOKS[name])})`", "", contract]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- chat
+
+
+def _chat(settings: Settings, as_json: bool) -> None:
+    import torch
+
+    from mixformer.generate import stream
+
+    question = settings.chat
+    if question.prompt is None:
+        raise ValueError("There is no question. Give --prompt TEXT, or chat.prompt in the configuration file.")
+    if settings.weights is None:
+        raise ValueError(
+            "chat needs trained weights. Name a checkpoint folder: --weights FOLDER, or `weights:` in the file."
+        )
+    processor = settings.load_processor()
+    pictures = question.images
+    batch = processor(question.prompt, pictures or None, template=question.template)
+    model = settings.load_model().eval()
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    sampling = None
+    if question.temperature > 0:
+        choices = {"temperature": question.temperature, "top_k": question.top_k, "top_p": question.top_p}
+        sampling = {name: value for name, value in choices.items() if value is not None}
+    tokens = stream(
+        model, batch, question.max_new_tokens, stop_tokens=processor.config.stop_ids, sample=sampling,
+        pad_token=processor.config.pad_id,
+        generator=torch.Generator(model.device).manual_seed(settings.seed),
+    )
+    answer = _stream_text((int(token[0]) for token in tokens), processor, (lambda text: None) if as_json else _write)
+    boxes, saved = _draw(answer, pictures, Path(question.output))
+    if as_json:
+        print(json.dumps({
+            "answer": answer, "boxes": [[box.x0, box.y0, box.x1, box.y1] for box in boxes],
+            "picture": None if saved is None else str(saved),
+        }))
+        return
+    print()
+    for box in boxes:
+        print(f"box {box}")
+    if saved is not None:
+        print(f"saved {saved}")
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _stream_text(ids: Iterable[int], processor: Any, write: Callable[[str], None]) -> str:
+    """Write the text of token ids as it comes, up to the first stop token, and return it."""
+    answer = ""
+    tokens = itertools.takewhile(lambda number: number not in processor.config.stop_ids, ids)
+    for piece in stream_text(processor.tokenizer, tokens):
+        piece = piece if answer else piece.lstrip()
+        write(piece)
+        answer += piece
+    return answer.rstrip()
+
+
+def _draw(answer: str, pictures: list[str], folder: Path) -> tuple[list[Any], Path | None]:
+    """The boxes of an answer, and the first picture with them drawn, saved."""
+    from mixformer.data.grounding import draw_boxes, parse_boxes
+
+    boxes = parse_boxes(answer)
+    if not boxes or not pictures:
+        return boxes, None
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{Path(pictures[0]).stem}.png"
+    draw_boxes(pictures[0], boxes).save(target)
+    return boxes, target
+
+
+# ---------------------------------------------------------------- train, evaluate
+
+
+def _train(settings: Settings, as_json: bool) -> None:
+    if settings.train is None or "train" not in settings.given:
+        raise ValueError("There is nothing to train on. Add a `train:` section to the configuration file.")
+    fresh = settings.weights is None or settings.given.get("model")
+    model = settings.build_model() if fresh else settings.load_model()
+    _report(_training().run(model, settings.load_processor(), settings), as_json)
+
+
+def _evaluate(settings: Settings, as_json: bool) -> None:
+    if settings.weights is None:
+        raise ValueError("evaluate needs trained weights: --weights FOLDER, or `weights:` in the file.")
+    if "evaluate" not in settings.given:
+        raise ValueError("There is nothing to evaluate on. Add an `evaluate:` section to the configuration file.")
+    _report(_training().evaluate(settings.load_model().eval(), settings.load_processor(), settings), as_json)
+
+
+def _training() -> Any:
+    return importlib.import_module("mixformer.train")
+
+
+def _report(result: Any, as_json: bool) -> None:
+    if result is None:
+        return
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    for name, value in result.items() if isinstance(result, dict) else enumerate(result):
+        print(f"{name}: {value}")
+
+
+JOBS: dict[str, Callable[[Settings, bool], None]] = {
+    "chat": _chat, "train": _train, "evaluate": _evaluate, "describe": _describe_settings,
+}
