@@ -97,8 +97,8 @@ class KVCache:
             self.valid = torch.ones(
                 self.batch_size, self.capacity, dtype=torch.bool, device=self.next_position.device
             )
-        if attention_mask is not None:
-            self.valid[:, self.length : self.length + num_tokens] = attention_mask
+        real = True if attention_mask is None else attention_mask
+        self.valid[:, self.length : self.length + num_tokens] = real
         return self.valid
 
     def advance(self, num_tokens: int, next_position: torch.Tensor | None) -> None:

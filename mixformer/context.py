@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,11 @@ class Context:
 
 
 def _mark_unknown(tensor: torch.Tensor, dim: int, same_as: str | None = None) -> None:
-    torch._dynamo.decorators.mark_unbacked(tensor, dim, min=1, shape_id=same_as)
+    mark = torch._dynamo.decorators.mark_unbacked
+    if "shape_id" in inspect.signature(mark).parameters:
+        mark(tensor, dim, shape_id=same_as)
+    else:  # older torch cannot say that sizes are equal; more graphs, the same results
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -323,8 +323,13 @@ class BaseModel(nn.Module):
     def _building(self, what: str) -> Iterator[None]:
         digest = hashlib.sha256(f"{self._seed}:{what}".encode()).digest()
         dtype = torch.get_default_dtype()
-        with torch.random.fork_rng(devices=[]), torch.device(self.device):
-            torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        seed = int.from_bytes(digest[:7], "big")
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), torch.device(self.device):
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
             torch.set_default_dtype(self.dtype)
             try:
                 yield

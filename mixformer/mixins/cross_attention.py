@@ -100,6 +100,7 @@ class CrossAttentionMixin(BaseMixin):
         if places is None:
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         else:
+            torch._check(places.shape[1] > 0)
             valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)
             features = features[places.clamp_min(0)].flatten(1, 2)
         ctx.shared[f"{self.name}.features"] = features
