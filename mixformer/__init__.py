@@ -7,9 +7,9 @@ from mixformer.context import Context
 from mixformer.data.processor import load_processor
 from mixformer.generate import generate
 from mixformer.hooks import replace, wrap
-from mixformer.mixin import BaseMixin, SiteMixin
+from mixformer.mixin import BaseMixin
 from mixformer.model import BaseModel, Output
-from mixformer.sites import Linear
+from mixformer.sites import Linear, SiteMixin
 
 __all__ = [
     "BaseMixin", "BaseModel", "Context", "KVCache", "Linear", "Output", "SiteMixin", "TransformerConfig",

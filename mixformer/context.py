@@ -121,10 +121,7 @@ def _mark_unknown(tensor: torch.Tensor, dim: int, same_as: str | None = None) ->
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, dict | list | tuple | Mask):
+        items = vars(value) if isinstance(value, Mask) else value
+        for item in items.values() if isinstance(items, dict) else items:
             yield from _tensors(item)
-    elif isinstance(value, Mask):
-        yield from _tensors(list(vars(value).values()))

@@ -1,4 +1,4 @@
-"""Hook points: what a mixin may take over, and how claims are resolved into plain callables.
+"""Hook points: what a mixin may take over, and the two verbs for it.
 
 Shapes use b batch, s query length, t key length, h hidden, n heads, g key/value heads, d head size, v vocabulary.
 Hooks marked [..., h] must not look at leading axes: a router may hand them a subset of the tokens.
@@ -9,14 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from mixformer.mixin import BaseMixin
-    from mixformer.sites import Site
+from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Claim = tuple[str, "BaseMixin"]
 
 
 class HookPoints:
@@ -72,7 +67,6 @@ class HookPoints:
 
 
 SITE_HOOKS = {"linear_forward", "norm_forward"}
-_BOUND = {"layer", "ctx", "site"}
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
@@ -135,78 +129,3 @@ def check_class(cls: type) -> None:
                 f"{cls.__name__}.{name}({', '.join(['self', *_parameters(member)])}) has the wrong arguments for "
                 f"@{verb}. Write: def {name}({', '.join(['self', *expected])})."
             )
-
-
-def conflict(hook: str, where: str, first: Claim, second: Claim) -> ValueError:
-    """The error for two replacements of one hook."""
-    (name_1, mixin_1), (name_2, mixin_2) = first, second
-    return ValueError(
-        f"'{hook}' {where} is replaced by two mixins: '{name_1}' ({type(mixin_1).__name__}) and '{name_2}' "
-        f"({type(mixin_2).__name__}). Remove one with model.del_mixin('{name_1}'), swap it with "
-        f"model.replace_mixin('{name_1}', ...), or make one of them @wrap."
-    )
-
-
-def ordered_claims(hook: str, mixins: Sequence[Claim], where: str) -> list[Claim]:
-    """The mixins of a hook's chain, innermost first: the replacement, then the wraps in the order added.
-
-    Raises:
-        ValueError: two mixins replace the hook.
-    """
-    replacements = [claim for claim in mixins if verb_of(claim[1], hook) == "replace"]
-    if len(replacements) > 1:
-        raise conflict(hook, where, replacements[0], replacements[1])
-    return replacements + [claim for claim in mixins if verb_of(claim[1], hook) == "wrap"]
-
-
-def _around(method: Callable[..., Any], below: Callable[..., Any], num_bound: int) -> Callable[..., Any]:
-    def wrapped(*arguments: Any) -> Any:
-        bound = arguments[len(arguments) - num_bound :]
-        return method(*arguments, lambda *tensors: below(*tensors, *bound))
-
-    return wrapped
-
-
-def resolve(hook: str, claims: Sequence[Claim], default: Callable[..., Any]) -> Callable[..., Any]:
-    """One callable for a chain of claims ordered by `ordered_claims`; `default` itself when there are none."""
-    chain = default
-    num_bound = len(_BOUND.intersection(HOOKS[hook]))
-    for _, mixin in claims:
-        method = getattr(mixin, hook)
-        chain = method if verb_of(mixin, hook) == "replace" else _around(method, chain, num_bound)
-    return chain
-
-
-def resolve_site(hook: str, site: Site, layer: Any, claims: Sequence[Claim], default: Callable[..., Any]) -> Any:
-    """The callable (x, ctx) -> y of a claimed site, or None when nobody claims it."""
-    chain: Callable[..., Any] | None = None
-    for _, mixin in claims:
-        method = getattr(mixin, hook)
-        if verb_of(mixin, hook) == "replace":
-            chain = _site_replace(method, site, layer)
-        else:
-            chain = _site_around(method, chain or default, site, layer)
-    return chain
-
-
-def _site_replace(method: Callable[..., Any], site: Site, layer: Any) -> Callable[..., Any]:
-    return lambda x, ctx: method(site, x, layer, ctx)
-
-
-def _site_around(method: Callable[..., Any], below: Callable[..., Any], site: Site, layer: Any) -> Callable[..., Any]:
-    return lambda x, ctx: method(site, x, layer, ctx, lambda y: below(y, ctx))
-
-
-class HookTable:
-    """The resolved model-level hooks as attributes, and the table that `print(model.hooks)` shows."""
-
-    def __init__(self, chains: dict[str, Callable[..., Any]], rows: list[tuple[str, str, str]]) -> None:
-        self.__dict__.update(chains)
-        self.rows = rows
-
-    def __str__(self) -> str:
-        width = max(len(hook) for hook, _, _ in self.rows)
-        scope = max(len(where) for _, where, _ in self.rows)
-        return "\n".join(f"{hook:<{width}}  {where:<{scope}}  {chain}" for hook, where, chain in self.rows)
-
-    __repr__ = __str__

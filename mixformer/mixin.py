@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from mixformer.hooks import HOOKS, LAYER_HOOKS, SITE_HOOKS, check_class, verb_of
+from mixformer.hooks import HOOKS, LAYER_HOOKS, check_class, verb_of
 
 if TYPE_CHECKING:
     from mixformer.context import Context
-    from mixformer.hooks import Site
+    from mixformer.sites import Site
     from mixformer.transformer import Layer
 
 
@@ -46,9 +45,6 @@ class BaseMixin(nn.Module):
         options = dict(list(bound.arguments.items())[1:])
         object.__setattr__(mixin, "_options", options)
         return mixin
-
-    def __init__(self) -> None:
-        super().__init__()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,31 +92,3 @@ class BaseMixin(nn.Module):
         """Whether it claims layer hooks or makes per-layer parameters."""
         hooks = self.hooks()
         return type(self).build_layer is not BaseMixin.build_layer or any(hook in LAYER_HOOKS for hook in hooks)
-
-
-class SiteMixin(BaseMixin):
-    """A mixin that reaches the Linears or norms whose site names match glob patterns.
-
-    Args:
-        sites: patterns over site names, such as `qkv`, `qkv:q` (a part of a fused site) or `vision_expert*`.
-    """
-
-    def __init__(self, sites: list[str]) -> None:
-        super().__init__()
-        self.sites = [sites] if isinstance(sites, str) else list(sites)
-
-    def matching_parts(self, site: Site) -> list[str | None]:
-        """Parts of the site that a pattern selects; [None] for all of it, [] for nothing."""
-        parts: list[str | None] = []
-        for pattern in self.sites:
-            glob, _, part = pattern.partition(":")
-            if fnmatchcase(site.name, glob) and (not part or part in getattr(site.module, "parts", {})):
-                parts.append(part or None)
-        return [None] if None in parts else sorted(set(parts), key=str)
-
-    def claims_site(self, hook: str, site: Site) -> bool:
-        """Only sites that a pattern selects."""
-        return bool(self.matching_parts(site))
-
-
-__all__ = ["SITE_HOOKS", "BaseMixin", "SiteMixin"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixformer.config import TransformerConfig
+from mixformer.mixin import BaseMixin
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -177,7 +179,12 @@ def model_sites(model: Any) -> list[Site]:
     """The sites outside the layers; those of nested models are reached through the nested model."""
     norms = [(name, getattr(model.transformer, name)) for name in ("embedding_norm", "final_norm")]
     found = [Site(name, norm) for name, norm in norms if norm is not None]
-    return found + [Site(path.removesuffix(".linear"), module) for path, module in _sited_modules(model.mixins)]
+    return found + [Site(_model_site_name(path), module) for path, module in _sited_modules(model.mixins)]
+
+
+def _model_site_name(path: str) -> str:
+    mixin, _, rest = path.partition(".")
+    return mixin if rest == "linear" else path
 
 
 def _sited_modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, Sited]]:
@@ -187,3 +194,28 @@ def _sited_modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, Sit
         if isinstance(module, Sited):
             yield f"{prefix}{name}", module
         yield from _sited_modules(module, f"{prefix}{name}.")
+
+
+class SiteMixin(BaseMixin):
+    """A mixin that reaches the Linears or norms whose site names match glob patterns.
+
+    Args:
+        sites: patterns over site names, such as `qkv`, `qkv:q` (a part of a fused site) or `vision_expert*`.
+    """
+
+    def __init__(self, sites: list[str]) -> None:
+        super().__init__()
+        self.sites = [sites] if isinstance(sites, str) else list(sites)
+
+    def matching_parts(self, site: Site) -> list[str | None]:
+        """Parts of the site that a pattern selects; [None] for all of it, [] for nothing."""
+        parts: list[str | None] = []
+        for pattern in self.sites:
+            glob, _, part = pattern.partition(":")
+            if fnmatchcase(site.name, glob) and (not part or part in getattr(site.module, "parts", {})):
+                parts.append(part or None)
+        return [None] if None in parts else sorted(set(parts), key=str)
+
+    def claims_site(self, hook: str, site: Site) -> bool:
+        """Only sites that a pattern selects."""
+        return bool(self.matching_parts(site))

@@ -204,21 +204,21 @@ def test_the_printed_table_shows_who_does_what_where(make: Make) -> None:
     model.add_mixin("lora", LoRAMixin(["qkv:q"], rank=1), layers=[0, 2])
     model.add_mixin("times", Times(), layers=[1])
     assert str(model.hooks).splitlines() == [
-        "word_embedding_forward      model           default <- image",
-        "position_embedding_forward  model           default",
-        "embedding_norm_forward      model           default",
-        "attention_mask_forward      model           default",
-        "final_forward               model           head",
-        "layer_forward               all layers      default",
-        "attention_forward           all layers      default",
-        "qkv_forward                 all layers      default <- vision_expert",
-        "position_fn                 all layers      rotary",
-        "attention_fn                all layers      default",
-        "attention_output_forward    all layers      default <- vision_expert",
-        "cross_attention_forward     all layers      default",
-        "mlp_forward                 layers 0, 2, 3  default <- vision_expert_mlp",
-        "mlp_forward                 layers 1        default <- vision_expert_mlp <- times",
-        "linear_forward qkv          layers 0, 2     default <- lora",
+        "word_embedding_forward      model          default <- image",
+        "position_embedding_forward  model          default",
+        "embedding_norm_forward      model          default",
+        "attention_mask_forward      model          default",
+        "final_forward               model          head",
+        "layer_forward               all layers     default",
+        "attention_forward           all layers     default",
+        "qkv_forward                 all layers     default <- vision_expert",
+        "position_fn                 all layers     rotary",
+        "attention_fn                all layers     default",
+        "attention_output_forward    all layers     default <- vision_expert",
+        "cross_attention_forward     all layers     default",
+        "mlp_forward                 layers 0, 2-3  default <- vision_expert_mlp",
+        "mlp_forward                 layers 1       default <- vision_expert_mlp <- times",
+        "linear_forward qkv          layers 0, 2    default <- lora",
     ]
 
 

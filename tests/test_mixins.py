@@ -28,6 +28,7 @@ from mixformer.mixins import (
     VisionExpertAttentionMixin,
     VisionExpertFCMixin,
 )
+from mixformer.sites import model_sites
 from mixformer.testing import collate, jitter, sample_row
 from models.eva2_clip import EVA2CLIPEConfig, EVA2CLIPLConfig
 from models.llama import LLaMA
@@ -303,9 +304,23 @@ def test_a_gate_multiplies_what_the_plain_mlp_has() -> None:
     )
 
 
+def test_sites_outside_the_layers_are_named_by_mixin_and_path(make: Make) -> None:
+    names = {site.name for site in model_sites(make("cogvlm"))}
+    expected = {"final_norm", "head", "image.projector.linear", "image.projector.norm"}
+    assert names == expected | {f"image.projector.mlp.{part}" for part in ("gate", "up", "down")}
+
+
+def test_a_mixin_may_not_take_the_name_of_a_backbone_site(make: Make) -> None:
+    model = make()
+    for name in ("gate", "qkv", "final_norm"):
+        with pytest.raises(ValueError, match=f"is the site '{name}' already. Take another name, such as 'my_{name}'"):
+            model.add_mixin(name, GatedMLPMixin())
+        assert name not in model.mixins
+
+
 def test_a_second_gate_and_an_unknown_activation_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"gated already \(config.gated_mlp\)"):
-        make().add_mixin("gate", GatedMLPMixin())
+        make().add_mixin("gated", GatedMLPMixin())
     with pytest.raises(ValueError, match="'swish': choose one of silu, gelu"):
         GatedMLPMixin("swish")
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from mixformer.context import Context
 from mixformer.hooks import wrap
-from mixformer.mixin import SiteMixin
-from mixformer.sites import Linear, Site, layer_sites, model_sites
+from mixformer.sites import Linear, Site, SiteMixin, layer_sites, model_sites
 from mixformer.transformer import Layer
 
 

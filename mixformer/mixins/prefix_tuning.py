@@ -41,7 +41,6 @@ class PrefixTuningMixin(BaseMixin):
         old_impl: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
         prefix = layer.mixins[self.name]
-        long_k, long_v = (
-            torch.cat([prefix[part].expand(len(x), -1, -1, -1).to(x.dtype), x], dim=2) for part, x in (("k", k), ("v", v))
-        )
-        return old_impl(q, long_k, long_v, mask.prepend(self.num_prefix, q, k))
+        before = {part: prefix[part].to(k.dtype).expand(len(k), -1, -1, -1) for part in ("k", "v")}
+        longer = torch.cat([before["k"], k], dim=2), torch.cat([before["v"], v], dim=2)
+        return old_impl(q, *longer, mask.prepend(self.num_prefix, q, k))

@@ -9,8 +9,7 @@ import torch.nn as nn
 
 from mixformer.context import Context
 from mixformer.hooks import wrap
-from mixformer.mixin import SiteMixin
-from mixformer.sites import Site, make_norm
+from mixformer.sites import Site, SiteMixin, make_norm
 from mixformer.transformer import Layer
 
 

@@ -76,7 +76,7 @@ class TrainSection:
     """
 
     stages: list[Stage] = field(default_factory=list)
-    output: str = "trained"
+    output: str = "runs/trained"
     dtype: str | None = None
     logs: str | None = None
     keep_stages: bool = False
@@ -157,9 +157,7 @@ def run(model: Any, processor: Any, settings: Any) -> dict[str, Any]:
     )
     if section.dtype is not None:
         model = model.to(getattr(torch, section.dtype))
-    save_pretrained(model, section.output)
-    if processor is not None:
-        processor.save(section.output)
+    save_pretrained(model, section.output, processor=processor)
     return {**results, "saved": section.output}
 
 
