@@ -133,6 +133,39 @@ class TransformerConfig:
 
 
 @dataclass
+class VisionTowerConfig(TransformerConfig):
+    """What every tower has.
+
+    Attributes:
+        image_size: side of the pictures.
+        patch_size: side of a patch.
+        in_channels: colour channels.
+        stem_channels, stem_depth: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
+    """
+
+    causal: bool = False
+    norm_eps: float = 1e-6
+    final_norm: bool = False
+    positions: str = "learned"
+    image_size: int = 224
+    patch_size: int = 14
+    in_channels: int = 3
+    stem_channels: list[int] = field(default_factory=list)
+    stem_depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch_size}.")
+        self.max_positions = self.grid**2 + 1
+        super().__post_init__()
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass
 class ChatConfig:
     """A question and how it is answered.
 
@@ -436,7 +469,7 @@ def make(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     parser.add_class_arguments(cls, "options", skip=set(made), fail_untyped=False)
     try:
         typed = parser.parse_object({"options": plain})
-        options = {name: value for name, value in typed.options.as_dict().items() if name in plain}
+        options = {name: value for name, value in typed.options.as_dict().items() if name in plain} if plain else {}
     except _parser_errors() as error:
         raise ValueError(_say(error, "options", where)) from error
     try:

@@ -139,3 +139,20 @@ def route_tokens(ctx: Any, x: torch.Tensor, branches: dict[str, Callable[[torch.
 def _merge(pieces: Any, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     merged = torch.cat(list(pieces)).index_select(0, order)
     return merged.view(*x.shape[:-1], merged.shape[-1])
+
+
+def items_by_row(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Which items belong to which row, such as pictures to the rows of a batch.
+
+    Args:
+        rows: [m] row of each item, ascending.
+        num_rows: b.
+
+    Returns:
+        [b, k] indices of each row's items in their order, -1 where a row has fewer than the fullest one's k.
+    """
+    counts = torch.bincount(rows, minlength=num_rows)
+    places = torch.full((num_rows, int(counts.max())), -1, device=rows.device)
+    rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    places[rows, rank] = torch.arange(len(rows), device=rows.device)
+    return places

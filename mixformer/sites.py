@@ -182,6 +182,15 @@ def model_sites(model: Any) -> list[Site]:
     return found + [Site(_model_site_name(path), module) for path, module in _sited_modules(model.mixins)]
 
 
+def all_sites(model: Any) -> Iterator[tuple[Any, Site]]:
+    """(layer, site) of every site of a model; the layer is None for those outside the layers."""
+    for site in model_sites(model):
+        yield None, site
+    for layer in model.transformer.layers:
+        for site in layer_sites(layer):
+            yield layer, site
+
+
 def _model_site_name(path: str) -> str:
     mixin, _, rest = path.partition(".")
     return mixin if rest == "linear" else path

@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from mixformer import BaseModel, TransformerConfig
+from mixformer.config import VisionTowerConfig
 from mixformer.mixins import PatchEmbeddingMixin, QVBiasMixin, Rotary2DMixin, StoredHeadMixin, SubNormMixin
-
-
-@dataclass
-class VisionTowerConfig(TransformerConfig):
-    """What every tower has.
-
-    Attributes:
-        image_size: side of the pictures.
-        patch_size: side of a patch.
-        in_channels: colour channels.
-        stem_channels, stem_depth: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
-    """
-
-    causal: bool = False
-    norm_eps: float = 1e-6
-    final_norm: bool = False
-    positions: str = "learned"
-    image_size: int = 224
-    patch_size: int = 14
-    in_channels: int = 3
-    stem_channels: list[int] = field(default_factory=list)
-    stem_depth: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch_size}.")
-        self.max_positions = self.grid**2 + 1
-        super().__post_init__()
-
-    @property
-    def grid(self) -> int:
-        """Patches per side."""
-        return self.image_size // self.patch_size
 
 
 @dataclass

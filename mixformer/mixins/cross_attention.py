@@ -13,6 +13,7 @@ from mixformer.config import TransformerConfig
 from mixformer.context import Context
 from mixformer.hooks import wrap
 from mixformer.mixin import BaseMixin
+from mixformer.routes import items_by_row
 from mixformer.sites import Linear, make_norm
 from mixformer.transformer import Layer, residual_std
 
@@ -53,10 +54,8 @@ class CrossAttentionMixin(BaseMixin):
     def build(self, model: Any) -> None:
         self.heads: int = self.num_heads or model.config.num_heads
         if self.compute_size % self.heads:
-            raise ValueError(
-                f"Cross attention of width {self.compute_size} does not divide into {self.heads} heads. "
-                f"Change compute_size or num_heads."
-            )
+            sizes = f"width {self.compute_size} does not divide into {self.heads} heads"
+            raise ValueError(f"Cross attention of {sizes}. Change compute_size or num_heads.")
         tower = self.tower_config
         self.tower = tower.build()
         self.position_embedding = nn.Parameter(torch.zeros(tower.max_positions - 1, tower.hidden_size))
@@ -76,27 +75,20 @@ class CrossAttentionMixin(BaseMixin):
             rows = torch.arange(num_rows, device=ctx.input_ids.device)
         ctx.require("cross_images")
         if num_images != len(rows):
-            raise ValueError(
-                f"{num_images} cross_images were given for {len(rows)} image place(s). Pass one for each image, in the "
-                f"same order."
-            )
+            given = f"{num_images} cross_images were given for {len(rows)} image place(s)"
+            raise ValueError(f"{given}. Pass one for each image, in the same order.")
         if not ctx.dynamic and torch.equal(rows, torch.arange(num_rows, device=rows.device)):
             ctx.shared[f"{self.name}.rows"] = None
             return
-        counts = torch.bincount(rows, minlength=num_rows)
-        places = torch.full((num_rows, int(counts.max())), -1, device=rows.device)
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        places[rows, rank] = torch.arange(len(rows), device=rows.device)
-        ctx.shared[f"{self.name}.rows"] = places
+        ctx.shared[f"{self.name}.rows"] = items_by_row(rows, num_rows)
 
     def before_forward(self, ctx: Context) -> None:
-        key = f"{self.name}.rows"
-        if key not in ctx.shared:
-            if ctx.cache is not None and f"{self.name}.valid" in ctx.cache.memo:
-                ctx.shared[f"{self.name}.valid"] = ctx.cache.memo[f"{self.name}.valid"]
+        memo: dict[str, Any] = {} if ctx.cache is None else ctx.cache.memo
+        key, earlier = f"{self.name}.valid", memo.get(f"{self.name}.valid")
+        if f"{self.name}.rows" not in ctx.shared:
+            ctx.shared[key] = earlier
             return
-        features = self.encode(ctx.require("cross_images"))
-        places = ctx.shared[key]
+        features, places = self.encode(ctx.require("cross_images")), ctx.shared[f"{self.name}.rows"]
         if places is None:
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         else:
@@ -104,13 +96,8 @@ class CrossAttentionMixin(BaseMixin):
             valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)
             features = features[places.clamp_min(0)].flatten(1, 2)
         ctx.shared[f"{self.name}.features"] = features
-        if ctx.cache is not None and f"{self.name}.valid" in ctx.cache.memo:
-            valid = torch.cat([ctx.cache.memo[f"{self.name}.valid"], valid], dim=1)
-            places = 0
-        if ctx.cache is not None:
-            ctx.cache.memo[f"{self.name}.valid"] = valid
-        ctx.shared[f"{self.name}.valid"] = valid
-        ctx.shared[f"{self.name}.all"] = places is None
+        ctx.shared[f"{self.name}.all"] = places is None and earlier is None
+        ctx.shared[key] = memo[key] = valid if earlier is None else torch.cat([earlier, valid], dim=1)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[m, 3, y, x] -> [m, patches, c], positions added."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mixformer.context import Context
 from mixformer.hooks import wrap
-from mixformer.sites import Linear, Site, SiteMixin, layer_sites, model_sites
+from mixformer.sites import Linear, Site, SiteMixin, all_sites, layer_sites, model_sites
 from mixformer.transformer import Layer
 
 
@@ -21,12 +21,10 @@ class Adapter(nn.Module):
 
     def __init__(self, linear: Linear, part: str | None, rank: int, scale: float) -> None:
         super().__init__()
-        start, stop, _ = slice(None).indices(linear.out_features) if part is None else linear.parts[part].indices(
-            linear.out_features
-        )
-        self.padding, self.rows, self.scale = (start, linear.out_features - stop), slice(start, stop), scale
+        rows = slice(0, linear.out_features) if part is None else linear.parts[part]
+        self.rows, self.scale, self.padding = rows, scale, (rows.start, linear.out_features - rows.stop)
         self.a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(stop - start, rank))
+        self.b = nn.Parameter(torch.zeros(rows.stop - rows.start, rank))
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,18 +52,15 @@ class LoRAMixin(SiteMixin):
         super().__init__(sites)
         if rank < 1:
             raise ValueError(f"LoRA rank is {rank}; it must be at least 1.")
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.merged = False
+        self.rank, self.alpha, self.dropout, self.merged = rank, alpha, dropout, False
 
     def build(self, model: Any) -> None:
         self.adapters = self._adapters(model_sites(model))
-        sites = model_sites(model) + [site for layer in model.transformer.layers for site in layer_sites(layer)]
-        linears = [site for site in sites if isinstance(site.module, Linear)]
+        linears = [site for _, site in all_sites(model) if isinstance(site.module, Linear)]
         for pattern in self.sites:
-            probe = SiteMixin([pattern])
-            if not any(probe.matching_parts(site) for site in linears):
-                names = sorted({site.name for site in linears})
-                raise ValueError(f"LoRA pattern '{pattern}' matches no Linear here. Sites: {', '.join(names)}.")
+            if not any(SiteMixin([pattern]).matching_parts(site) for site in linears):
+                names = ", ".join(sorted({site.name for site in linears}))
+                raise ValueError(f"LoRA pattern '{pattern}' matches no Linear here. Sites: {names}.")
         prefixes = {site.name.split(".")[0] for site in linears if self.matching_parts(site)}
         self._adapted = {prefix for prefix in prefixes if prefix in model.mixins}
 
@@ -110,15 +105,12 @@ class LoRAMixin(SiteMixin):
         if self.merged:
             return
         self._originals: list[tuple[Linear, torch.Tensor]] = []
-        homes: list[tuple[Layer | None, list[Site]]] = [(None, model_sites(model))]
-        homes += [(layer, layer_sites(layer)) for layer in model.transformer.layers]
-        for layer, sites in homes:
-            for site in sites:
-                adapters = list(self._of(site, layer)) if isinstance(site.module, Linear) else []
-                if adapters:
-                    self._originals.append((site.module, site.module.weight.detach().clone()))
-                for adapter in adapters:
-                    site.module.weight[adapter.rows] += (adapter.b @ adapter.a) * adapter.scale
+        for layer, site in all_sites(model):
+            adapters = list(self._of(site, layer)) if isinstance(site.module, Linear) else []
+            if adapters:
+                self._originals.append((site.module, site.module.weight.detach().clone()))
+            for adapter in adapters:
+                site.module.weight[adapter.rows] += (adapter.b @ adapter.a) * adapter.scale
         self.merged = True
 
     @torch.no_grad()
