@@ -73,7 +73,7 @@ SPLITS = {
     r"transformer\.layers\.\d+\.cross_attention\.query\.(weight|bias)": "rows",
     _EVA_OR_LM + r"mlp\.dense_h_to_4h(_gate)?\.(weight|bias)": "rows",
     r"mixins\.mlp\.(gate_proj|vision_gate_proj|vision_dense_h_to_4h_list)\.\d+\.(weight|bias)": "rows",
-    r"mixins\.lm\.lm_head\.weight": "rows",
+    r"mixins\.lm\.lm_head\.weight": "vocabulary",
     r"transformer\.word_embeddings\.weight": "vocabulary",
     _EVA_OR_LM + r"(attention|cross_attention)\.dense\.weight": "columns",
     _EVA_OR_LM + r"mlp\.dense_4h_to_h\.weight": "columns",
