@@ -94,13 +94,14 @@ class PageWriter:
         self.words = rng.sample(list(words), min(24, len(words)))
         self.dark = rng.random() < 0.2
         self.family = family
-        self.size = rng.choice((9, 10, 11, 11, 11, 12, 12, 13))
+        self.size = rng.choice((10, 11, 11, 11, 12, 12, 13))
         hue = rng.randrange(360)
         light = rng.uniform(8, 20) if self.dark else rng.choice((100, rng.uniform(90, 100)))
         self.background = f"hsl({hue} {rng.uniform(0, 40):.0f}% {light:.0f}%)"
         self.ink = f"hsl({hue} 20% {rng.uniform(80, 100) if self.dark else rng.uniform(0, 28):.0f}%)"
         self.grey = f"hsl({hue} 10% {rng.uniform(60, 75) if self.dark else rng.uniform(35, 50):.0f}%)"
-        self.accent = f"hsl({rng.randrange(360)} {rng.uniform(45, 100):.0f}% {rng.uniform(62, 75) if self.dark else rng.uniform(28, 44):.0f}%)"
+        strong, lightness = rng.randrange(360), (62, 75) if self.dark else (28, 44)
+        self.accent = f"hsl({strong} {rng.uniform(45, 100):.0f}% {rng.uniform(*lightness):.0f}%)"
         self.panel = f"hsl({hue} 20% {rng.uniform(17, 30) if self.dark else rng.uniform(82, 96):.0f}%)"
         self.border = f"hsl({hue} 12% {rng.uniform(38, 55) if self.dark else rng.uniform(45, 78):.0f}%)"
         self.radius = rng.choice((0, 2, 3, 4, 6))
@@ -114,7 +115,8 @@ class PageWriter:
     def page(self, body: str, left: int, top: int) -> str:
         """Return the page's element around its body, placed on the sheet."""
         style = (
-            f"left:{left}px;top:{top}px;background:{self.background};color:{self.ink};line-height:{self.line_height:.2f};"
+            f"left:{left}px;top:{top}px;background:{self.background};color:{self.ink};"
+            f"line-height:{self.line_height:.2f};"
             f"font-family:'{self.family}';font-size:{self.size}px;font-weight:{self.weight}"
         )
         return f'<div class="page" style="{style}">{body}</div>'
@@ -137,19 +139,22 @@ class PageWriter:
             back = self.panel if self.dark else "white"
             look = f"background:{back};color:{rng.choice((self.grey, self.ink))};border:1px solid {self.border}"
             size = f"padding:{rng.randint(2, 5)}px {rng.randint(3, 7)}px;width:{rng.randint(62, 118)}px"
-            return f'<div class="field" {mark} style="{look};border-radius:{self.radius}px;{size};{style}">{word}</div>'
+            look += f";border-radius:{self.radius}px;{size};{style}"
+            return f'<div class="field" {mark} style="{look}">{word}</div>'
         if kind == "check":
             shape = rng.choice(("checkbox", "radio"))
             state = " checked" if rng.random() < 0.4 else ""
             return f'<label {mark} style="padding:1px 0;{style}"><input type="{shape}"{state}>{word}</label>'
         if kind == "tab":
-            look = f"color:{ink};border-bottom:2px solid {self.accent};padding:{rng.randint(2, 5)}px {rng.randint(3, 8)}px"
+            padding = f"{rng.randint(2, 5)}px {rng.randint(3, 8)}px"
+            look = f"color:{ink};border-bottom:2px solid {self.accent};padding:{padding}"
             return f'<div class="tab" {mark} style="{look};{style}">{word}</div>'
         if kind == "heading":
             look = f"font-size:{rng.randint(17, 26)}px;font-weight:{rng.choice(('bold', 'bold', 'normal'))}"
             return f'<div class="heading" {mark} style="{look};{style}">{word}</div>'
         back = self.panel if rng.random() < 0.6 else "transparent"
-        look = f"background:{back};border-bottom:1px solid {self.border};padding:{rng.randint(2, 6)}px {rng.randint(4, 8)}px"
+        padding = f"{rng.randint(2, 6)}px {rng.randint(4, 8)}px"
+        look = f"background:{back};border-bottom:1px solid {self.border};padding:{padding}"
         return f'<div class="item" {mark} style="{look};{style}">{word}</div>'
 
     def running_text(self, count: int) -> str:
@@ -166,11 +171,28 @@ class PageWriter:
 SMALL_KINDS = ("button", "button", "button", "link", "link", "field", "check", "tab")
 
 
+def _clutter(writer: PageWriter) -> str:
+    """Return panels, rules and snippets of text at random places."""
+    rng, parts = writer.rng, ""
+    for _ in range(rng.choice((0, 0, 1, 2, 4))):
+        place = f"left:{rng.randint(-5, 204)}px;top:{rng.randint(-5, 204)}px;width:{rng.randint(30, 210)}px"
+        look = f"height:{rng.randint(15, 160)}px;border-radius:{writer.radius}px"
+        back = rng.choice((writer.panel, writer.background, "transparent"))
+        look += f";background:{back};border:1px solid {writer.border}"
+        parts += f'<div style="position:absolute;{place};{look}"></div>'
+    for _ in range(rng.choice((0, 0, 1, 3, 6))):
+        place = f"left:{rng.randint(0, 200)}px;top:{rng.randint(0, 223)}px;width:{rng.randint(30, 220)}px"
+        parts += f'<div style="position:absolute;{place};height:1px;background:{writer.border}"></div>'
+    return parts
+
+
 def _scatter(writer: PageWriter) -> str:
     rng = writer.rng
     kinds = (*SMALL_KINDS, "heading") if rng.random() < 0.3 else SMALL_KINDS
-    return "".join(
-        writer.widget(rng.choice(kinds), f"position:absolute;left:{rng.uniform(0, 170):.0f}px;top:{rng.uniform(0, 205):.0f}px")
+    return _clutter(writer) + "".join(
+        writer.widget(
+            rng.choice(kinds), f"position:absolute;left:{rng.uniform(0, 170):.0f}px;top:{rng.uniform(0, 205):.0f}px"
+        )
         for _ in range(rng.randint(7, 18))
     )
 
@@ -202,7 +224,8 @@ def _form(writer: PageWriter) -> str:
     rng = writer.rng
     width, gap = rng.randint(40, 80), rng.randint(3, 12)
     rows = "".join(
-        f'<div style="display:flex;align-items:center;margin-bottom:{gap}px"><span style="width:{width}px;color:{writer.grey}">'
+        f'<div style="display:flex;align-items:center;margin-bottom:{gap}px">'
+        f'<span style="width:{width}px;color:{writer.grey}">'
         f"{writer.running_text(1)}</span>{writer.widget(rng.choice(('field', 'field', 'check')))}</div>"
         for _ in range(rng.randint(2, 6))
     )
@@ -220,8 +243,10 @@ def _bar_and_flow(writer: PageWriter) -> str:
 def _side(writer: PageWriter) -> str:
     rng = writer.rng
     menu = writer.some((rng.choice(("item", "link")),), 3, 8, f"display:block;margin-bottom:{rng.randint(0, 6)}px")
-    look = f"width:{rng.randint(62, 90)}px;height:{PAGE_SIZE}px;background:{writer.panel};padding:{rng.randint(2, 10)}px 2px"
-    return f'<div style="display:flex"><div style="{look}">{menu}</div><div style="flex:1;min-width:0">{_flow(writer)}</div></div>'
+    look = f"width:{rng.randint(62, 90)}px;height:{PAGE_SIZE}px;background:{writer.panel}"
+    look += f";padding:{rng.randint(2, 10)}px 2px"
+    rest = f'<div style="flex:1;min-width:0">{_flow(writer)}</div>'
+    return f'<div style="display:flex"><div style="{look}">{menu}</div>{rest}</div>'
 
 
 def _dialog(writer: PageWriter) -> str:
@@ -243,33 +268,41 @@ def _dialog(writer: PageWriter) -> str:
 
 def _table(writer: PageWriter) -> str:
     rng = writer.rng
-    head = "".join(f'<td style="background:{writer.panel};padding:3px">{writer.widget("link")}</td>' for _ in range(3))
+    cell = f"background:{writer.panel};padding:3px"
+    head = "".join(f'<td style="{cell}">{writer.widget("link")}</td>' for _ in range(3))
     rows = "".join(
         f'<tr><td style="padding:{rng.randint(2, 4)}px;color:{writer.grey}">{writer.running_text(1)}</td>'
-        f"<td>{writer.widget(rng.choice(('link', 'check')))}</td><td>{writer.widget(rng.choice(('button', 'link')))}</td></tr>"
+        f"<td>{writer.widget(rng.choice(('link', 'check')))}</td>"
+        f"<td>{writer.widget(rng.choice(('button', 'link')))}</td></tr>"
         for _ in range(rng.randint(3, 6))
     )
-    table = f'<table style="border-collapse:collapse;width:100%;font:inherit;color:inherit"><tr>{head}</tr>{rows}</table>'
+    look = "border-collapse:collapse;width:100%;font:inherit;color:inherit"
+    table = f'<table style="{look}"><tr>{head}</tr>{rows}</table>'
     return f'<div style="padding:{rng.randint(4, 14)}px"><div>{writer.widget("heading")}</div>{table}</div>'
 
 
 def _cards(writer: PageWriter) -> str:
     rng = writer.rng
-    look = f"border:1px solid {writer.border};border-radius:{writer.radius}px;padding:6px;background:{writer.panel};min-width:0"
+    look = f"border:1px solid {writer.border};border-radius:{writer.radius}px;padding:6px;background:{writer.panel}"
+    look += ";min-width:0"
     cards = "".join(
         f'<div style="{look}"><div>{writer.widget("link", "font-weight:bold")}</div><div style="color:{writer.grey};'
-        f'margin:3px 0">{writer.running_text(rng.randint(1, 4))}</div>{writer.widget(rng.choice(("button", "button", "link")))}</div>'
+        f'margin:3px 0">{writer.running_text(rng.randint(1, 4))}</div>'
+        f"{writer.widget(rng.choice(('button', 'button', 'link')))}</div>"
         for _ in range(rng.choice((4, 4, 6)))
     )
-    return f'<div style="display:grid;grid-template-columns:1fr 1fr;gap:{rng.randint(4, 10)}px;padding:{rng.randint(4, 12)}px">{cards}</div>'
+    grid = f"display:grid;grid-template-columns:1fr 1fr;gap:{rng.randint(4, 10)}px;padding:{rng.randint(4, 12)}px"
+    return f'<div style="{grid}">{cards}</div>'
 
 
 def _settings(writer: PageWriter) -> str:
     rng = writer.rng
-    top = f'<div style="display:flex;justify-content:space-between;padding:5px 8px;border-bottom:1px solid {writer.border}">'
+    look = f"display:flex;justify-content:space-between;padding:5px 8px;border-bottom:1px solid {writer.border}"
+    top = f'<div style="{look}">'
     top += writer.some(("link", "tab", "button"), 2, 3) + "</div>"
     rows = "".join(
-        f'<div style="display:flex;justify-content:space-between;align-items:center;padding:{rng.randint(2, 5)}px 10px">'
+        f'<div style="display:flex;justify-content:space-between;align-items:center;'
+        f'padding:{rng.randint(2, 5)}px 10px">'
         f"{writer.widget(rng.choice(('check', 'link')))}{writer.widget(rng.choice(('button', 'field', 'link')))}</div>"
         for _ in range(rng.randint(3, 5))
     )
@@ -302,12 +335,15 @@ def write_page(rng: random.Random, layouts: Sequence[Callable[[PageWriter], str]
     return writer.page(rng.choice(list(layouts))(writer), left, top)
 
 
-def render_sheet(pages: Sequence[str], columns: int = SHEET_SIDE, rows: int = SHEET_SIDE) -> tuple[Image.Image, list]:
+def render_sheet(
+    pages: Sequence[str], columns: int = SHEET_SIDE, rows: int = SHEET_SIDE, scale: int = 1
+) -> tuple[Image.Image, list]:
     """Render pages with one start of Chromium.
 
     Args:
         pages: HTML of each page, already placed on the sheet.
         columns, rows: the size of the sheet in pages.
+        scale: screen pixels per page pixel, as on displays of high density.
 
     Returns:
         the picture of the sheet, and for each page `[widgets, letters]`: `[kind, word, box]` and `[letter, box]`.
@@ -326,7 +362,7 @@ def render_sheet(pages: Sequence[str], columns: int = SHEET_SIDE, rows: int = SH
         source, picture = Path(folder, "sheet.html"), Path(folder, "sheet.png")
         source.write_text(document, encoding="utf-8")
         command = [
-            browser, *CHROMIUM_FLAGS, f"--user-data-dir={folder}/profile",
+            browser, *CHROMIUM_FLAGS, f"--user-data-dir={folder}/profile", f"--force-device-scale-factor={scale}",
             f"--window-size={columns * PAGE_SIZE},{rows * PAGE_SIZE}", f"--screenshot={picture}", "--dump-dom",
             source.as_uri(),
         ]  # fmt: skip
@@ -337,9 +373,28 @@ def render_sheet(pages: Sequence[str], columns: int = SHEET_SIDE, rows: int = SH
         return Image.open(picture).convert("RGB"), json.loads(html.unescape(measured[1]))
 
 
+def resized_pages(sheet: Image.Image, scale: int) -> Image.Image:
+    """Resize each page of a sheet to 224 pixels, alone, as the processor resizes a screenshot."""
+    small = Image.new("RGB", (sheet.width // scale, sheet.height // scale))
+    for left in range(0, small.width, PAGE_SIZE):
+        for top in range(0, small.height, PAGE_SIZE):
+            corners = tuple(scale * edge for edge in (left, top, left + PAGE_SIZE, top + PAGE_SIZE))
+            small.paste(sheet.crop(corners).resize((PAGE_SIZE, PAGE_SIZE), Image.Resampling.BICUBIC), (left, top))
+    return small
+
+
 def render_pages(seed: int, count: int, layouts: Sequence[Callable[[PageWriter], str]], families: Sequence[str],
-                 words: Sequence[str], folder: Path, name: str) -> None:  # fmt: skip
-    """Render `count` pages into `folder` as sheets `{name}-{i}.png` with `{name}-{i}.json` beside them."""
+                 words: Sequence[str], folder: Path, name: str, dense_every: int = 0,
+                 with_letters: bool = False) -> None:  # fmt: skip
+    """Render `count` pages into `folder` as sheets `{name}-{i}.png` with `{name}-{i}.json` beside them.
+
+    Args:
+        seed, layouts, families, words: of the pages.
+        count: number of pages.
+        folder, name: where they go.
+        dense_every: render every so many sheets as a display of double density shows them, and resize them; 0 none.
+        with_letters: note the place of each letter as well.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for index, start in enumerate(range(0, count, SHEET_PAGES)):
         number = min(SHEET_PAGES, count - start)
@@ -349,7 +404,12 @@ def render_pages(seed: int, count: int, layouts: Sequence[Callable[[PageWriter],
             write_page(rng, layouts, families, words, place % SHEET_SIDE * PAGE_SIZE, place // SHEET_SIDE * PAGE_SIZE)
             for place in range(number)
         ]
-        image, measured = render_sheet(pages, SHEET_SIDE, rows)
+        scale = 2 if dense_every and index % dense_every == dense_every - 1 else 1
+        image, measured = render_sheet(pages, SHEET_SIDE, rows, scale)
+        if scale > 1:
+            image = resized_pages(image, scale)
+        if not with_letters:
+            measured = [[widgets, []] for widgets, _ in measured]
         image.quantize(256, dither=Image.Dither.NONE).save(folder / f"{name}-{index}.png", optimize=True)
         (folder / f"{name}-{index}.json").write_text(json.dumps(measured, separators=(",", ":")))
 
@@ -374,20 +434,66 @@ def read_sheets(folder: str | Path, name: str) -> list[Screen]:
     return screens
 
 
+SCREENSHOT_PAGE = """
+<div class="page" style="left:0;top:0;background:#ffffff;color:#202a36;font:11px 'Liberation Sans';line-height:1.3">
+<style>
+  .page .top { display: flex; justify-content: space-between; align-items: center; height: 30px; padding: 0 8px;
+    background: #1d4e89; }
+  .page .top a { color: #ffffff; text-decoration: none; padding: 2px 3px; }
+  .page .field { width: 74px; padding: 3px 6px; border: 1px solid #9fb2c6; border-radius: 3px; background: #ffffff;
+    color: #5b6672; }
+  .page .menu { position: absolute; left: 0; top: 30px; bottom: 0; width: 66px; background: #eef2f6; padding: 8px 2px; }
+  .page .menu .item { padding: 4px 6px; border-bottom: 1px solid #cfd8e2; }
+  .page .mail { position: absolute; left: 74px; right: 8px; top: 38px; }
+  .page .mail button { background: #ffffff; color: #202a36; border: 1px solid #8fa3b8; border-radius: 3px;
+    padding: 3px 7px; margin-right: 4px; }
+  .page .mail .send { background: #1d7a4f; color: #ffffff; border-color: #16613f; }
+  .page .text { color: #66717c; margin: 6px 0; }
+</style>
+<div class="top"><a href="#" data-kind="link" data-word="Home">Home</a>
+  <div class="field" data-kind="field" data-word="Search">Search</div>
+  <a href="#" data-kind="link" data-word="Help">Help</a><a href="#" data-kind="link" data-word="Logout">Logout</a></div>
+<div class="menu"><div class="item" data-kind="item" data-word="Inbox">Inbox</div>
+  <div class="item" data-kind="item" data-word="Drafts">Drafts</div>
+  <div class="item" data-kind="item" data-word="Sent">Sent</div>
+  <div class="item" data-kind="item" data-word="Spam">Spam</div>
+  <div class="item" data-kind="item" data-word="Trash">Trash</div></div>
+<div class="mail"><div class="heading" data-kind="heading" data-word="Invoice"
+    style="font-size:20px;font-weight:bold">Invoice</div>
+  <div class="text">the paper from this morning and some other small light green garden</div>
+  <label data-kind="check" data-word="Follow" style="padding:1px 0"><input type="checkbox" checked>Follow</label>
+  <div style="margin-top:8px"><button data-kind="button" data-word="Reply">Reply</button><button data-kind="button"
+    data-word="Forward">Forward</button></div>
+  <div style="margin-top:8px"><button data-kind="button" data-word="Archive">Archive</button><button class="send"
+    data-kind="button" data-word="Print">Print</button></div></div>
+</div>
+"""
+
+
+def render_screenshot(path: Path) -> None:
+    """Render the page of `examples/screenshot.png` at triple density; its widgets go to a JSON beside it."""
+    image, [[widgets, _]] = render_sheet([SCREENSHOT_PAGE], 1, 1, scale=3)
+    image.save(path, optimize=True)
+    path.with_suffix(".json").write_text(json.dumps(widgets, indent=1) + "\n")
+
+
 def main() -> None:
     """Render the pages named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("training", "held_out"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("training", "held_out", "screenshot"))
+    parser.add_argument("folder", type=Path, help="folder of the pages, or file of the screenshot")
     parser.add_argument("--pages", type=int, default=4096, help="number of training pages")
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()
     families = list(TRAINING_FONTS)
+    if options.what == "screenshot":
+        render_screenshot(options.folder)
+        return
     if options.what == "training":
         seed = 1 if options.seed is None else options.seed
-        render_pages(seed, options.pages, TRAINING_LAYOUTS, families, WORDS, options.folder, "training")
+        render_pages(seed, options.pages, TRAINING_LAYOUTS, families, WORDS, options.folder, "training", 4, True)
         return
-    seed = 7_000_001 if options.seed is None else options.seed
+    seed = 8_000_001 if options.seed is None else options.seed
     render_pages(seed, 256, HELD_OUT_LAYOUTS, families, WORDS, options.folder, "page")
     render_pages(seed, 48, HELD_OUT_LAYOUTS, [HELD_OUT_FONT], WORDS, options.folder, "font")
     render_pages(seed, 48, HELD_OUT_LAYOUTS, families, UNSEEN_WORDS, options.folder, "words")

@@ -5,6 +5,7 @@ A page is 224 x 224 pixels and shows widgets with one word each, every word at m
 """
 
 import colorsys
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class _Page:
         self.panel = _shade(rng, (0.15, 0.32) if self.dark else (0.8, 0.97), (0, 0.4))
         self.border = _shade(rng, (0.35, 0.55) if self.dark else (0.45, 0.8), (0, 0.3))
         self.family = rng.choice(list(TRAINING_FONTS))
-        self.size = rng.choice((9, 10, 10, 11, 11, 11, 12, 12, 13))
+        self.size = rng.choice((10, 10, 11, 11, 11, 12, 12, 13))
         self.radius = rng.choice((0, 0, 2, 3, 4, 6))
         self.bold = rng.random() < 0.15
         self.padding = (rng.randint(4, 12), rng.randint(3, 7))
@@ -149,7 +150,7 @@ class _Page:
         """Choose the size of a widget before it is placed."""
         rng = self.rng
         size = rng.randint(17, 26) if kind == "heading" else self.size
-        bold = kind == "heading" and rng.random() < 0.7 or self.bold
+        bold = (kind == "heading" and rng.random() < 0.7) or self.bold
         font = load_font(self.family, bold, size)
         width = font.getlength(word)
         line = size * rng.uniform(1.15, 1.5)
@@ -215,6 +216,19 @@ class _Page:
         """Text colour on the accent colour."""
         return self.background
 
+    def clutter(self) -> None:
+        """Draw panels and rules that mean nothing."""
+        rng = self.rng
+        for _ in range(rng.choice((0, 0, 1, 2, 4))):
+            x, y = rng.randint(-5, PAGE_SIZE - 20), rng.randint(-5, PAGE_SIZE - 20)
+            corner = (x, y, x + rng.randint(30, 210), y + rng.randint(15, 160))
+            fill = rng.choice((self.panel, self.background, None))
+            self.pencil.rounded_rectangle(corner, self.radius, fill=fill, outline=rng.choice((self.border, None)))
+        for _ in range(rng.choice((0, 0, 1, 3, 6))):
+            x, y, length = rng.randint(0, PAGE_SIZE), rng.randint(0, PAGE_SIZE), rng.randint(30, PAGE_SIZE)
+            end = (x + length, y) if rng.random() < 0.8 else (x, y + length)
+            self.pencil.line((x, y, *end), fill=self.border)
+
     def running_text(self, x: float, y: float, width: float, lines: int) -> None:
         """Write lines of words that no question asks about."""
         font = load_font(self.family, False, self.size)
@@ -247,8 +261,16 @@ SMALL_KINDS = ("button", "button", "button", "link", "link", "field", "check", "
 def _scatter(page: _Page) -> None:
     rng = page.rng
     taken: list[Box] = []
-    for _ in range(rng.randint(5, 14)):
-        plan = page.measure(rng.choice((*SMALL_KINDS, "heading") if rng.random() < 0.3 else SMALL_KINDS), page.words[-1])
+    page.clutter()
+    for _ in range(rng.choice((0, 0, 2, 6))):
+        x, y = rng.uniform(1, PAGE_SIZE - 60), rng.uniform(1, PAGE_SIZE - 16)
+        box = (x - 2, y - 1, x + 58, y + page.size * 1.4)
+        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            page.running_text(x, y, 55, 1)
+            taken.append(box)
+    for _ in range(rng.randint(5, 16)):
+        kinds = (*SMALL_KINDS, "heading") if rng.random() < 0.3 else SMALL_KINDS
+        plan = page.measure(rng.choice(kinds), page.words[-1])
         for _ in range(8):
             x = rng.uniform(1, PAGE_SIZE - plan.width - 1)
             y = rng.uniform(1, PAGE_SIZE - plan.height - 1)
@@ -290,7 +312,7 @@ def _columns(page: _Page, top: float = 0) -> None:
     rng = page.rng
     count = rng.choice((1, 2, 2, 3))
     edges = [4 + (PAGE_SIZE - 8) * index / count for index in range(count + 1)]
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in itertools.pairwise(edges):
         kinds = rng.choice((("item",), ("item",), ("button",), ("field",), ("link",), ("check",)))
         gap, y = rng.uniform(0, 12), top + rng.uniform(2, 40)
         full = rng.random() < 0.6 and kinds[0] in ("item", "button", "field")
@@ -375,6 +397,8 @@ def draw_screen(rng: random.Random) -> Screen:
         if rng.random() < 0.4:
             _scatter(page)
         else:
+            if rng.random() < 0.3:
+                page.clutter()
             top = _bar(page) if rng.random() < 0.35 else 0.0
             rng.choice(LAYOUTS)(page, top)
         if len(page.widgets) >= 3:

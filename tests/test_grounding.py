@@ -12,6 +12,7 @@ from mixformer.data.grounding import (
     intersection_over_union,
     parse_boxes,
     parse_points,
+    snap_coordinates,
 )
 
 
@@ -136,3 +137,12 @@ def test_a_label_beside_the_border_is_drawn_whole() -> None:
 def test_labels_must_match_boxes() -> None:
     with pytest.raises(ValueError, match=r"1 label\(s\) for 2 box"):
         draw_boxes(Image.new("RGB", (9, 9)), [Box(0, 0, 1, 1)] * 2, ["one"])
+
+
+def test_coordinates_snap_to_the_nearest_pixel_edge_and_text_stays() -> None:
+    text = "Read [[583,770,756,999]] at 583, or [[5,x]]"
+    edges = [round(pixel * 1000 / 224) for pixel in range(224)]
+    expected = [min(edges, key=lambda edge: abs(edge - number)) for number in (583, 770, 756, 999, 5)]
+    a, b, c, d, e = (f"{number:03d}" for number in expected)
+    assert snap_coordinates(text, 224) == f"Read [[{a},{b},{c},{d}]] at 583, or [[{e},x]]"
+    assert snap_coordinates(snap_coordinates(text, 224), 224) == snap_coordinates(text, 224)

@@ -223,3 +223,21 @@ def _draw_label(
     y = next((place for place in places if 0 <= place <= height - text_height), 0)
     draw.rectangle((x, y, x + text_width - 1, y + text_height - 1), fill=colour)
     draw.text((x + margin, y + margin // 2), text, fill=(255, 255, 255), font=font)
+
+
+def snap_coordinates(text: str, grid: int) -> str:
+    """Round every box and point in a text to a picture of `grid` x `grid` pixels.
+
+    Args:
+        text: any text; what stands in ``[[...]]`` and is no number stays.
+        grid: pixels per side, at most 1000.
+
+    Returns:
+        The text with each number replaced by the nearest thousandth that stands for a pixel's edge.
+    """
+
+    def nearest(number: re.Match[str]) -> str:
+        pixel = min(round(int(number.group()) * grid / 1000), grid - 1)
+        return f"{round(pixel * 1000 / grid):03d}"
+
+    return _GROUP.sub(lambda group: re.sub(r"[0-9]{1,3}", nearest, group.group()), text)

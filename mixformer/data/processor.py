@@ -21,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
+from mixformer.data.grounding import snap_coordinates
 from mixformer.images import CLIP_MEAN, CLIP_STD, ImageSource, preprocess_image
 from mixformer.prompts import Turn, extract_answer, get_family, get_template, render_prompt
 from mixformer.tokenizer import Tokenizer, load_tokenizer
@@ -53,6 +54,8 @@ class ProcessorConfig:
         num_image_tokens: patches of one image in the sequence, without boi and eoi; None to follow from the
             sizes.
         cross_image_size: side of the high-resolution picture; None without one.
+        coordinate_grid: steps that boxes and points in prompts are rounded to, for a tokenizer that has only so
+            many coordinates; None leaves thousandths as they are.
         image_mean: per channel, of pictures in 0..1.
         image_std: per channel.
         bos_id: id that opens a sequence; None for none.
@@ -69,6 +72,7 @@ class ProcessorConfig:
     downsample: int = 1
     num_image_tokens: int | None = None
     cross_image_size: int | None = None
+    coordinate_grid: int | None = None
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     bos_id: int | None = 1
@@ -82,7 +86,7 @@ class ProcessorConfig:
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
         object.__setattr__(self, "image_std", tuple(self.image_std))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids) or (self.eos_id,))
-        optional = ("image_size", "num_image_tokens", "cross_image_size")
+        optional = ("image_size", "num_image_tokens", "cross_image_size", "coordinate_grid")
         for name in ("patch_size", "downsample", *(n for n in optional if getattr(self, n) is not None)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -268,6 +272,8 @@ class Processor:
         if pictures and config.image_size is None:
             raise ValueError("this model reads text only (no image_size): leave the images out")
         query, turns = _as_question(prompt, history)
+        if config.coordinate_grid is not None:
+            query = snap_coordinates(query, config.coordinate_grid)
         text = render_prompt(query, template or config.template, config.family, turns, len(pictures))
         slot = get_family(config.family).image_slot
         # Without slots all images open the sequence; with slots each piece of text follows one image, but the
