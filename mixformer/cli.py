@@ -268,6 +268,8 @@ def _chat(settings: Settings, as_json: bool) -> None:
         }))
         return
     print()
+    if not answer:
+        print("The model ended its answer at once, without any text.", file=sys.stderr)
     for box in boxes:
         print(f"box {box}")
     if saved is not None:
