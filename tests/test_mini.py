@@ -230,6 +230,7 @@ def test_the_recorded_scores_reach_the_targets_and_beat_every_control() -> None:
     scores = json.loads((MINI / "evaluation.json").read_text())
     assert scores["page"]["pages"] >= 200
     assert scores["page"]["grounding"] >= 85 and scores["page"]["reading"] >= 85
-    without = json.loads((MINI / "evaluation-without-cross.json").read_text())["page"]
-    for name in ("grounding", "reading"):
-        assert scores["page"][name] > without[name] + 20
+    for control in ("without-cross", "high-resolution"):
+        theirs = json.loads((MINI / f"evaluation-{control}.json").read_text())["page"]
+        for name in ("grounding", "reading"):
+            assert scores["page"][name] > theirs[name] + 20

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -105,3 +106,11 @@ def test_links_and_pictures_lead_to_files_and_headings() -> None:
     for target, heading in re.findall(r"\]\(([^)#]+)#([\w-]+)\)", TEXT):
         titles = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
         assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def test_the_scores_in_the_readme_are_the_recorded_ones() -> None:
+    recorded = json.loads((ROOT / "examples/cogagent-mini/evaluation.json").read_text())["page"]
+    found = re.search(r"On (\d+) held-out pages it finds\n([\d.]+)% .*reads ([\d.]+)% of the words", TEXT)
+    assert found is not None
+    said = [float(number) for number in found.groups()]
+    assert said == [recorded["pages"], recorded["grounding"], recorded["reading"]]
