@@ -197,6 +197,8 @@ def _settings_of(target: str, overrides: list[str]) -> Settings:
         return read_settings(model_class, None, [f"--weights={folder}", *overrides], ())
     if folder.suffix in (".yaml", ".yml") or folder.is_file():
         return read_settings(None, folder, overrides, ())
+    if ":" not in target and "." not in target:
+        raise ValueError(f"{target} does not exist. Name a checkpoint folder, a configuration file, or module:Class.")
     return read_settings(import_class(target, "target"), None, overrides, ())
 
 
