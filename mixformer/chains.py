@@ -90,6 +90,12 @@ class HookTable:
     __repr__ = __str__
 
 
+def shown_chain(hook: str, claims: Sequence[Claim]) -> str:
+    """A chain as text, innermost first: "default <- image", or "head" where a mixin replaces the default."""
+    replaced = bool(claims) and verb_of(claims[0][1], hook) == "replace"
+    return " <- ".join([*([] if replaced else ["default"]), *(name for name, _ in claims)])
+
+
 def shown_layers(indices: Sequence[int], num_layers: int) -> str:
     """"all layers", "layers 0-3, 8", "layers 0-28 step 4", or "model" for none."""
     if not indices:

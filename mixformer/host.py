@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
-from mixformer.chains import Claim, HookTable, ordered_claims, resolve, resolve_site, shown_layers
+from mixformer.chains import Claim, HookTable, ordered_claims, resolve, resolve_site, shown_chain, shown_layers
 from mixformer.config import TransformerConfig
 from mixformer.hooks import HOOKS, LAYER_HOOKS, MODEL_HOOKS, SITE_HOOKS, did_you_mean
 from mixformer.mixin import BaseMixin
@@ -313,15 +313,13 @@ class MixinHost(nn.Module):
     def _resolve(self) -> None:
         mixins = [(name, mixin) for name, mixin in self.mixins.items() if isinstance(mixin, BaseMixin)]
         memo: dict[tuple[str, ...], Callable[..., Any]] = {}
-        names: dict[tuple[str, str, str], list[int]] = {}
+        rows: dict[tuple[str, str], list[int]] = {}
 
         def chain(hook: str, claims: list[Claim], default: Callable[..., Any], where: int | None) -> Any:
             key = (hook, *(name for name, _ in claims))
             if key not in memo:
                 memo[key] = resolve(hook, claims, default)
-            first = "" if claims and "replace" == type(claims[0][1]).hooks().get(hook) else "default"
-            row = (hook, "", " <- ".join([first] * bool(first) + [name for name, _ in claims]))
-            names.setdefault(row, []).extend([] if where is None else [where])
+            rows.setdefault((hook, shown_chain(hook, claims)), []).extend([] if where is None else [where])
             return memo[key]
 
         model_chains = {
@@ -336,25 +334,25 @@ class MixinHost(nn.Module):
                 claims = ordered_claims(hook, active, f"of layer {index}")
                 setattr(layer.hooks, hook, chain(hook, claims, LAYER_DEFAULTS[hook], index))
             for site in layer_sites(layer):
-                self._resolve_site(site, layer, active, names, index)
+                self._resolve_site(site, layer, active, rows, index)
         for site in model_sites(self):
-            self._resolve_site(site, None, mixins, names, None)
+            self._resolve_site(site, None, mixins, rows, None)
         self.whole_sequence = any(m.whole_sequence and "final_forward" in type(m).hooks() for _, m in mixins)
         self.declared = {name: key for key, mixin in mixins for name in mixin.inputs}
-        rows = [(hook, shown_layers(where, self.config.num_layers), text) for (hook, _, text), where in names.items()]
-        order = list(HOOKS)
-        self.hooks = HookTable(model_chains, sorted(rows, key=lambda row: order.index(row[0].split(" ")[0])))
+        order, shown = list(HOOKS), [
+            (hook, shown_layers(where, self.config.num_layers), text) for (hook, text), where in rows.items()
+        ]
+        self.hooks = HookTable(model_chains, sorted(shown, key=lambda row: order.index(row[0].split(" ")[0])))
 
     def _resolve_site(
         self, site: Site, layer: Layer | None, mixins: Sequence[Claim],
-        names: dict[tuple[str, str, str], list[int]], index: int | None,
+        rows: dict[tuple[str, str], list[int]], index: int | None,
     ) -> None:
         claims = self._site_claims(site, mixins, f"of site '{site.name}'")
         site.module.hook = resolve_site(site.hook, site, layer, claims, site.module.plain)
         if claims:
-            first = [] if type(claims[0][1]).hooks().get(site.hook) == "replace" else ["default"]
-            row = (f"{site.hook} {site.name}", "", " <- ".join(first + [key for key, _ in claims]))
-            names.setdefault(row, []).extend([] if index is None else [index])
+            row = (f"{site.hook} {site.name}", shown_chain(site.hook, claims))
+            rows.setdefault(row, []).extend([] if index is None else [index])
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "hooks"}

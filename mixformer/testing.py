@@ -377,13 +377,21 @@ class _Check:
 
     # ---------------------------------------------------------------- bit for bit
 
+    def state_before(
+        self, label: str, model: BaseModel, bare: list[Row]
+    ) -> tuple[list[Any], list[torch.Tensor]] | None:
+        """The state without the mixin, or None (and a note in the report) if the model needs it to run."""
+        try:
+            return self.state(model, self.together(bare))
+        except (ValueError, TypeError, KeyError) as error:
+            self.skip(label, f"the model does not run without it ({error})")
+            return None
+
     def check_delete(self, bare: list[Row]) -> None:
         label = "adding and deleting restores keys, hooks and outputs"
         model = copy.deepcopy(self.base)
-        try:
-            before = self.state(model, self.together(bare))
-        except (ValueError, TypeError, KeyError) as error:
-            self.skip(label, f"the model does not run without it ({error})")
+        before = self.state_before(label, model, bare)
+        if before is None:
             return
         mixin = self.add(model)
         within = model(**self.batch)
@@ -401,10 +409,8 @@ class _Check:
     def check_failed_add(self, bare: list[Row]) -> None:
         label = "a failed add changes nothing"
         model = copy.deepcopy(self.base)
-        try:
-            before = self.state(model, self.together(bare))
-        except (ValueError, TypeError, KeyError) as error:
-            self.skip(label, f"the model does not run without it ({error})")
+        before = self.state_before(label, model, bare)
+        if before is None:
             return
         for method in ("build", "build_layer", "on_attach"):
             mixin = self.make_mixin()
