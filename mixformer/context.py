@@ -25,8 +25,7 @@ class Context:
     Attributes:
         input_ids: [b, s] or None in towers.
         attention_mask: [b, s] bool, True on real tokens, or None when there is no padding.
-        position_ids: [b, s] or None until the plan is complete.
-        position_steps: [b, s] int64 during `plan`: by how much each token moves the position on (1 on real tokens).
+        position_ids: [b, s] ([1, s] where all rows are alike), or None until the plan is complete.
         mask: a mask description during `plan`, lowered before the first layer.
         cache: the KVCache or None.
         inputs: the declared extra inputs that were given.
@@ -50,7 +49,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.position_ids = position_ids
-        self.position_steps: torch.Tensor | None = None
+        self._position_steps: torch.Tensor | None = None
         self.mask: Mask | LoweredMask | None = None
         self.cache = cache
         self.inputs: dict[str, Any] = inputs or {}
@@ -60,6 +59,29 @@ class Context:
         self.shared: dict[str, Any] = {}
         self.losses: dict[str, torch.Tensor] = {}
         self.dynamic = False
+
+    @property
+    def position_steps(self) -> torch.Tensor | None:
+        """[b, s] int64 during `plan`: by how much each token moves the position on (1 on real tokens by default)."""
+        if self._position_steps is None and self.input_ids is not None:
+            mask = self.attention_mask
+            self._position_steps = torch.ones_like(self.input_ids) if mask is None else mask.long()
+        return self._position_steps
+
+    @position_steps.setter
+    def position_steps(self, steps: torch.Tensor) -> None:
+        self._position_steps = steps
+
+    def default_positions(self) -> torch.Tensor | None:
+        """[b, s] position ids that follow from the steps and the cache ([1, s] where all rows are alike)."""
+        if self.input_ids is None:
+            return None
+        if self._position_steps is None and self.attention_mask is None and not self.dynamic:
+            positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None]
+        else:
+            assert self.position_steps is not None
+            positions = (self.position_steps.cumsum(1) - 1).clamp_min(0)
+        return positions if self.cache is None else positions + self.cache.next_position[:, None]
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
         """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.

@@ -100,10 +100,8 @@ class BaseModel(MixinHost):
             attention_mask = self._checked_mask(input_ids, attention_mask)
         ctx = Context(input_ids, attention_mask, position_ids, cache, given, self.declared)
         ctx.dynamic = dynamic
-        if input_ids is not None:
-            if input_ids.dim() != 2:
-                raise ValueError(f"input_ids must be [b, s]; got shape {tuple(input_ids.shape)}.")
-            ctx.position_steps = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [b, s]; got shape {tuple(input_ids.shape)}.")
         ctx.mask = Causal() if self.config.causal else Full()
         valid = attention_mask
         if cache is not None and input_ids is not None:
@@ -113,10 +111,8 @@ class BaseModel(MixinHost):
             ctx.mask = ctx.mask & Padding(valid)
         for mixin in self.mixins.values():
             mixin.plan(ctx)
-        if ctx.position_ids is None and ctx.position_steps is not None:
-            ctx.position_ids = (ctx.position_steps.cumsum(1) - 1).clamp_min(0)
-            if cache is not None:
-                ctx.position_ids = ctx.position_ids + cache.next_position[:, None]
+        if ctx.position_ids is None:
+            ctx.position_ids = ctx.default_positions()
         if dynamic:
             ctx.mark_dynamic()
         return ctx

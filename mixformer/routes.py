@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 Selection = tuple[str, ...]
 TEXT = "text"
+
+
+class Split(NamedTuple):
+    """How a selection falls into parts: the places of each part, and the order that puts the parts back."""
+
+    places: tuple[torch.Tensor, ...]
+    order: torch.Tensor
 
 
 class Routes:
@@ -59,6 +66,10 @@ class Routes:
         for member in members:
             self.relative(member, self.present)
         self.inverse(tuple(members), self.present)
+
+    def split(self, parts: tuple[Selection, ...], selection: Selection) -> Split:
+        """The index tensors that take a selection apart and put it together again."""
+        return Split(tuple(self.relative(part, selection) for part in parts), self.inverse(parts, selection))
 
     def size(self, selection: Selection) -> int:
         """Number of tokens in a selection."""
@@ -124,21 +135,82 @@ def route_tokens(ctx: Any, x: torch.Tensor, branches: dict[str, Callable[[torch.
         )
     if len(parts) == 1:
         return branches[names[0]](x)
+    split = routes.split(parts, selection)
     outer = ctx.selection
     results = []
-    for name, part in zip(names, parts, strict=True):
+    for name, part, tokens in zip(names, parts, _take(flat, split), strict=True):
         ctx.selection = part
-        results.append(branches[name](flat.index_select(0, routes.relative(part, selection))))
+        results.append(branches[name](tokens))
     ctx.selection = outer
-    order = routes.inverse(parts, selection)
-    if isinstance(results[0], tuple):
-        return tuple(_merge(pieces, order, x) for pieces in zip(*results, strict=True))
-    return _merge(results, order, x)
+    if not isinstance(results[0], tuple):
+        return _put(results, split, x)
+    widths = {tuple(piece.shape[-1] for piece in pieces) for pieces in results}
+    fused = [_side_by_side(pieces) for pieces in results]
+    if len(widths) == 1 and all(whole is not None for whole in fused):
+        return _put(fused, split, x).split(widths.pop(), dim=-1)
+    return tuple(_put(pieces, split, x) for pieces in zip(*results, strict=True))
 
 
-def _merge(pieces: Any, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    merged = torch.cat(list(pieces)).index_select(0, order)
+def _side_by_side(pieces: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """The tensor that the pieces are all the columns of, in their order, so that it is moved once; None otherwise."""
+    whole = None if torch.compiler.is_compiling() else pieces[0]._base
+    if whole is None or whole.dim() != 2 or not whole.is_contiguous():
+        return None
+    start = whole.storage_offset()
+    for piece in pieces:
+        beside = piece._base is whole and piece.stride() == whole.stride() and len(piece) == len(whole)
+        if not beside or piece.storage_offset() != start:
+            return None
+        start += piece.shape[-1]
+    return whole if start == whole.storage_offset() + whole.shape[-1] else None
+
+
+def _own_gradient() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _take(x: torch.Tensor, split: Split) -> Sequence[torch.Tensor]:
+    """[tokens, h] -> the rows of each part."""
+    return _Take.apply(x, split) if _own_gradient() else [x.index_select(0, places) for places in split.places]
+
+
+def _put(pieces: Sequence[Any], split: Split, x: torch.Tensor) -> torch.Tensor:
+    """The rows of each part -> [..., o] in order, with the leading axes of `x`."""
+    merged = _Put.apply(split, *pieces) if _own_gradient() else torch.cat(list(pieces)).index_select(0, split.order)
     return merged.view(*x.shape[:-1], merged.shape[-1])
+
+
+class _Take(torch.autograd.Function):
+    """Its gradient moves each row once, where that of `index_select` adds rows to zeros."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, split: Split) -> tuple[torch.Tensor, ...]:
+        return tuple(x.index_select(0, places) for places in split.places)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.split = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.cat(grads).index_select(0, ctx.split.order), None
+
+
+class _Put(torch.autograd.Function):
+    """The inverse of `_Take`."""
+
+    @staticmethod
+    def forward(split: Split, *pieces: torch.Tensor) -> torch.Tensor:
+        return torch.cat(pieces).index_select(0, split.order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.split = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = zip(ctx.split.places, ctx.needs_input_grad[1:], strict=True)
+        return None, *(grads[0].index_select(0, places) if need else None for places, need in needed)
 
 
 def items_by_row(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

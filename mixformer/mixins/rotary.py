@@ -55,16 +55,20 @@ class RotaryMixin(BaseMixin):
         if ctx.position_ids is None:
             raise ValueError("Rotary positions need position_ids; give input_ids or position_ids.")
         angles = self.angles(ctx.position_ids)[:, None]
-        ctx.shared[f"{self.name}.cos"], ctx.shared[f"{self.name}.sin"] = angles.cos(), angles.sin()
+        sin = angles.sin()
+        sin[..., : self.head_width // 2].neg_()
+        ctx.shared[f"{self.name}.cos"], ctx.shared[f"{self.name}.sin"] = angles.cos(), sin
 
     @replace
     def position_fn(
         self, q: torch.Tensor, k: torch.Tensor, layer: Layer, ctx: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = ctx.shared[f"{self.name}.cos"].to(q.dtype), ctx.shared[f"{self.name}.sin"].to(q.dtype)
-        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # roll looks at sizes that a graph for every batch does not know
+        halves = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([halves[1], halves[0]], dim=-1) * signed_sin
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * signed_sin)
