@@ -38,6 +38,7 @@ class KVCache:
         self.valid: torch.Tensor | None = None
         self.next_position = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self.memo: dict[str, Any] = {}
+        self.usual_positions = True  # one position per real token so far, so that none reaches the capacity
 
     @property
     def length(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,8 @@ class Context:
         input_ids: [b, s] or None in towers.
         attention_mask: [b, s] bool, True on real tokens, or None when there is no padding.
         position_ids: [b, s] ([1, s] where all rows are alike), or None until the plan is complete.
+        known_positions: (ids, bound, counted) of position ids that were filled in: none of them reaches the bound, and
+            with counted they are 0, 1, ... in every row. Void once `position_ids` is another tensor.
         mask: a mask description during `plan`, lowered before the first layer.
         cache: the KVCache or None.
         inputs: the declared extra inputs that were given.
@@ -49,6 +50,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.position_ids = position_ids
+        self.known_positions: tuple[torch.Tensor, int, bool] | None = None
         self._position_steps: torch.Tensor | None = None
         self.mask: Mask | LoweredMask | None = None
         self.cache = cache
@@ -72,16 +74,23 @@ class Context:
     def position_steps(self, steps: torch.Tensor) -> None:
         self._position_steps = steps
 
-    def default_positions(self) -> torch.Tensor | None:
-        """[b, s] position ids that follow from the steps and the cache ([1, s] where all rows are alike)."""
-        if self.input_ids is None:
-            return None
-        if self._position_steps is None and self.attention_mask is None and not self.dynamic:
-            positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None]
+    def fill_positions(self) -> None:
+        """Position ids that follow from the steps and the cache, where none were given."""
+        cache, usual = self.cache, self._position_steps is None and not self.dynamic
+        if cache is not None:
+            cache.usual_positions &= usual and self.position_ids is None
+        if self.position_ids is not None or self.input_ids is None:
+            return
+        num_tokens, counted = self.input_ids.shape[1], usual and self.attention_mask is None
+        if counted:
+            positions = torch.arange(num_tokens, device=self.input_ids.device)[None]
         else:
             assert self.position_steps is not None
             positions = (self.position_steps.cumsum(1) - 1).clamp_min(0)
-        return positions if self.cache is None else positions + self.cache.next_position[:, None]
+        self.position_ids = positions if cache is None else positions + cache.next_position[:, None]
+        if usual and (cache is None or cache.usual_positions):
+            bound = num_tokens if cache is None else cache.capacity
+            self.known_positions = self.position_ids, bound, counted and cache is None
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
         """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.
@@ -108,42 +117,5 @@ class Context:
         """A copy to run with: the planned integers are shared, what layers are given to read is its own."""
         ctx = Context(self.input_ids, self.attention_mask, self.position_ids, self.cache, inputs, self.declared)
         ctx.mask, ctx.routes, ctx.shared = self.mask, self.routes, dict(self.shared)
+        ctx.known_positions = self.known_positions
         return ctx
-
-    def mark_dynamic(self) -> None:
-        """Tell `torch.compile` which sizes of this plan and its inputs differ from batch to batch.
-
-        Sizes of rows and of routed tokens are marked as unknown, since a known size of one gets a graph of its own.
-        The sequence length and the number of pictures are only marked as dynamic: attention and convolutions need
-        to see them.
-        """
-        assert self.input_ids is not None
-        shape = self.input_ids.shape
-        for tensor in _tensors([vars(self), vars(self.routes), self.mask]):
-            if tensor.shape[:2] == shape:
-                _mark_unknown(tensor, 0, "rows")
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-            elif tensor.is_floating_point():
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            elif tensor.dim() == 2:  # places per row, [b, k]
-                _mark_unknown(tensor, 0, "rows")
-                _mark_unknown(tensor, 1)
-            elif tensor.dim() == 1:
-                _mark_unknown(tensor, 0)
-
-
-def _mark_unknown(tensor: torch.Tensor, dim: int, same_as: str | None = None) -> None:
-    mark = torch._dynamo.decorators.mark_unbacked
-    if "shape_id" in inspect.signature(mark).parameters:
-        mark(tensor, dim, shape_id=same_as)
-    else:  # older torch cannot say that sizes are equal; more graphs, the same results
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple | Mask):
-        items = vars(value) if isinstance(value, Mask) else value
-        for item in items.values() if isinstance(items, dict) else items:
-            yield from _tensors(item)

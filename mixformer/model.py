@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mixformer.cache import KVCache
 from mixformer.config import TransformerConfig
 from mixformer.context import Context
+from mixformer.dynamic import mark_dynamic
 from mixformer.hooks import did_you_mean
 from mixformer.host import MixinHost
 from mixformer.masks import Causal, Full, Padding, lower
@@ -111,10 +112,9 @@ class BaseModel(MixinHost):
             ctx.mask = ctx.mask & Padding(valid)
         for mixin in self.mixins.values():
             mixin.plan(ctx)
-        if ctx.position_ids is None:
-            ctx.position_ids = ctx.default_positions()
+        ctx.fill_positions()
         if dynamic:
-            ctx.mark_dynamic()
+            mark_dynamic(ctx)
         return ctx
 
     def _checked_mask(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor | None:
@@ -160,8 +160,9 @@ class BaseModel(MixinHost):
                 last = self.config.layers_run - 1
                 raise ValueError(f"hidden_layers: {place!r} is none of 0 to {last}, 'embeddings' or 'final'.")
         if plan is None:
-            plan = self.plan(input_ids, attention_mask, position_ids, cache, **inputs)
-        ctx = plan.started({name: value for name, value in inputs.items() if value is not None})
+            ctx = self.plan(input_ids, attention_mask, position_ids, cache, **inputs)
+        else:
+            ctx = plan.started({name: value for name, value in inputs.items() if value is not None})
         for mixin in self.mixins.values():
             mixin.before_forward(ctx)
         hooks: Any = self.hooks
@@ -177,9 +178,9 @@ class BaseModel(MixinHost):
         num_keys, offset = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
         ctx.mask = lower(mask, num_tokens, num_keys, offset, hidden_states.device)
         hidden: dict[int | str, torch.Tensor] = {"embeddings": hidden_states}
-        for index in range(self.config.layers_run):
-            layer = self.transformer.layers[index]
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
+        recomputed = self.config.checkpoint_activations and torch.is_grad_enabled()
+        for index, layer in zip(range(self.config.layers_run), self.transformer.layers, strict=False):
+            if recomputed:
                 hidden_states = checkpoint(_run_apart, layer, hidden_states, ctx, use_reentrant=False)
             else:
                 hidden_states = layer(hidden_states, ctx)

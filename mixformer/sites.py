@@ -103,22 +103,24 @@ class RMSNorm(Sited):
     def __init__(self, size: int, eps: float = 1e-5, cast: str = "last") -> None:
         super().__init__()
         self.hook = None
-        self.eps, self.cast = eps, cast
+        self.eps, self.cast, self.shape = eps, cast, (size,)
         self.weight = nn.Parameter(torch.ones(size))
 
     def plain(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """The norm itself, below every mixin."""
-        if x.dtype == self.weight.dtype and (self.cast == "last" or x.dtype == torch.float32):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight, dtype = self.weight, x.dtype
+        if dtype == weight.dtype and (self.cast == "last" or dtype == torch.float32):
+            return torch.rms_norm(x, self.shape, weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.cast == "last":
-            return (self.weight.float() * wide).to(x.dtype)
-        return self.weight * wide.to(x.dtype)
+            return (weight.float() * wide).to(dtype)
+        return weight * wide.to(dtype)
 
     def forward(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        return self.plain(x) if self.hook is None else self.hook(x, ctx)
+        hook = self.hook
+        return self.plain(x) if hook is None else hook(x, ctx)
 
 
 def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:

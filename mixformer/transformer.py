@@ -129,6 +129,8 @@ def _sublayer(
     scale: torch.Tensor | None, layer: Layer, ctx: Context,
 ) -> torch.Tensor:
     order = layer.config.norm_order
+    if order == "pre" and scale is None:
+        return x + forward(norm(x, ctx), layer, ctx)
     y = forward(norm(x, ctx) if order in ("pre", "sandwich") else x, layer, ctx)
     if output_norm is not None:
         y = output_norm(y, ctx)
@@ -157,8 +159,10 @@ def attention_forward(hidden_states: torch.Tensor, layer: Layer, ctx: Context) -
     """The attention hooks in turn; keys are cached after `position_fn`, below every `attention_fn`."""
     hooks, attention = layer.hooks, layer.attention
     q, k, v = hooks.qkv_forward(hidden_states, layer, ctx)
-    size = layer.config.head_width
-    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))
+    size, (num_rows, num_tokens) = layer.config.head_width, hidden_states.shape[:2]
+    q = q.view(num_rows, num_tokens, -1, size).transpose(1, 2)
+    k = k.view(num_rows, num_tokens, -1, size).transpose(1, 2)
+    v = v.view(num_rows, num_tokens, -1, size).transpose(1, 2)
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q, ctx), attention.k_norm(k, ctx)
     q, k = hooks.position_fn(q, k, layer, ctx)
@@ -177,7 +181,9 @@ def qkv_forward(
 
 def split_qkv(fused: torch.Tensor, config: TransformerConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[..., n*d + 2*g*d] -> q [..., n*d], k [..., g*d], v [..., g*d]."""
-    q, k, v = fused.split(tuple(qkv_parts(config).values()), dim=-1)
+    size = config.head_width
+    kv = config.kv_heads * size
+    q, k, v = torch.split_with_sizes(fused, (config.num_heads * size, kv, kv), -1)
     return q, k, v
 
 

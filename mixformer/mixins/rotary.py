@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mixformer.context import Context
 from mixformer.hooks import replace
@@ -42,33 +44,66 @@ class RotaryMixin(BaseMixin):
 
     def frequencies(self, device: torch.device | None) -> torch.Tensor:
         """[d / 2] angle per position, fp32."""
-        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device) / self.head_width
-        return 1.0 / (self.base**exponents)
+        return _frequencies(self.base, self.head_width, device)
 
     def angles(self, position_ids: torch.Tensor) -> torch.Tensor:
         """[b, s] -> [b, s, d], in the precision of the tables."""
         frequencies = self.inv_freq if self.tables == "released" else self.frequencies(position_ids.device)
-        half = position_ids[..., None].to(frequencies.dtype) * frequencies
-        return torch.cat([half, half], dim=-1)
+        return _angles(position_ids, frequencies)
 
     def before_forward(self, ctx: Context) -> None:
-        if ctx.position_ids is None:
+        positions = ctx.position_ids
+        if positions is None:
             raise ValueError("Rotary positions need position_ids; give input_ids or position_ids.")
-        angles = self.angles(ctx.position_ids)[:, None]
-        sin = angles.sin()
-        sin[..., : self.head_width // 2].neg_()
-        ctx.shared[f"{self.name}.cos"], ctx.shared[f"{self.name}.sin"] = angles.cos(), sin
+        known = None if self.tables == "released" or torch.compiler.is_compiling() else ctx.known_positions
+        if known is not None and known[0] is positions and type(positions) is torch.Tensor:
+            _, bound, counted = known
+            table = _kept_table(self.base, self.head_width, max(256, 1 << (bound - 1).bit_length()), positions.device)
+            cos, sin = (table[:bound] if counted else F.embedding(positions, table)[:, None]).chunk(2, -1)
+        else:
+            cos, sin = _cos_sin(self.angles(positions)[:, None])
+        ctx.shared[f"{self.name}.cos_sin"] = cos, sin
 
     @replace
     def position_fn(
         self, q: torch.Tensor, k: torch.Tensor, layer: Layer, ctx: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = ctx.shared[f"{self.name}.cos"].to(q.dtype), ctx.shared[f"{self.name}.sin"].to(q.dtype)
+        cos, sin = ctx.shared[f"{self.name}.cos_sin"]
+        if cos.dtype != q.dtype:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _frequencies(base: float, head_width: int, device: torch.device | None) -> torch.Tensor:
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
+    return 1.0 / (base**exponents)
+
+
+def _angles(position_ids: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    half = position_ids[..., None].to(frequencies.dtype) * frequencies
+    return torch.cat([half, half], dim=-1)
+
+
+def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine, and sine with the sign of the first half turned, so that rotating needs no negation."""
+    sin = angles.sin()
+    sin[..., : angles.shape[-1] // 2].neg_()
+    return angles.cos(), sin
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_table(base: float, head_width: int, num_rows: int, device: torch.device) -> torch.Tensor:
+    """[positions, 2 * d], cosine beside sine; the same numbers as computed anew, kept between forwards."""
+    with torch.inference_mode(False), torch.no_grad():
+        angles = _angles(torch.arange(num_rows, device=device), _frequencies(base, head_width, device))
+        return torch.cat(_cos_sin(angles), dim=-1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():  # roll looks at sizes that a graph for every batch does not know
         halves = x.chunk(2, dim=-1)
         return x * cos + torch.cat([halves[1], halves[0]], dim=-1) * signed_sin
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * signed_sin)
+    turned = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == torch.float32:
+        return torch.addcmul(x * cos, turned, signed_sin)
+    return (x * cos).add_(turned * signed_sin)
