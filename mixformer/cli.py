@@ -6,17 +6,15 @@ import argparse
 import dataclasses
 import importlib
 import inspect
-import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixformer import hooks
-from mixformer.config import Settings, import_class, read_settings, settings_parser, split_overrides
+from mixformer.config import ChatConfig, Settings, import_class, read_settings, settings_parser, split_overrides
 from mixformer.hooks import LAYER_HOOKS, MODEL_HOOKS, SITE_HOOKS
-from mixformer.tokenizer import stream_text
 
 
 def main(class_path: str, arguments: Sequence[str] | None = None) -> None:
@@ -238,36 +236,61 @@ def hook_reference() -> str:
 def _chat(settings: Settings, as_json: bool) -> None:
     import torch
 
-    from mixformer.generate import stream
+    from mixformer.conversation import Conversation
 
-    question = settings.chat
-    if question.prompt is None:
+    chat = settings.chat
+    if chat.prompt is None and not chat.interactive:
         raise ValueError("There is no question. Give --prompt TEXT, or chat.prompt in the configuration file.")
     if settings.weights is None:
         raise ValueError(
             "chat needs trained weights. Name a checkpoint folder: --weights FOLDER, or `weights:` in the file."
         )
     processor = settings.load_processor()
-    pictures = question.images
-    batch = processor(question.prompt, pictures or None, template=question.template)
-    model = settings.load_model().eval()
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    pictures = chat.images
+    # Mistakes in the question come to light before the weights are read.
+    processor(chat.prompt or "", pictures or None, template=chat.template)
+    conversation = Conversation(settings.load_model().eval(), processor, chat.template)
     sampling = None
-    if question.temperature > 0:
-        choices = {"temperature": question.temperature, "top_k": question.top_k, "top_p": question.top_p}
+    if chat.temperature > 0:
+        choices = {"temperature": chat.temperature, "top_k": chat.top_k, "top_p": chat.top_p}
         sampling = {name: value for name, value in choices.items() if value is not None}
-    tokens = stream(
-        model, batch, question.max_new_tokens, stop_tokens=processor.config.stop_ids, sample=sampling,
-        pad_token=processor.config.pad_id,
-        generator=torch.Generator(model.device).manual_seed(settings.seed),
-    )
-    answer = _stream_text((int(token[0]) for token in tokens), processor, (lambda text: None) if as_json else _write)
-    boxes, saved = _draw(answer, pictures, Path(question.output))
+    generator = torch.Generator(conversation.model.device).manual_seed(settings.seed)
+    write = (lambda text: None) if as_json else _write
+    for number, prompt in enumerate(_questions(chat), start=1):
+        images = pictures if number == 1 else None
+        answer = ""
+        for piece in conversation.stream(prompt, images, chat.max_new_tokens, sampling, generator=generator):
+            write(piece)
+            answer += piece
+        _conclude(answer.rstrip(), pictures, Path(chat.output), number, as_json)
+
+
+def _questions(chat: ChatConfig) -> Iterator[str]:
+    """The question of the settings, then those of the standard input if it is to be read."""
+    if chat.prompt is not None:
+        yield chat.prompt
+    while chat.interactive:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _conclude(answer: str, pictures: list[str], folder: Path, number: int, as_json: bool) -> None:
+    """Print what follows from a whole answer, the `number`-th: its boxes, or all of it as JSON."""
+    boxes, saved = _draw(answer, pictures, folder, number)
     if as_json:
-        print(json.dumps({
+        result = {
             "answer": answer, "boxes": [[box.x0, box.y0, box.x1, box.y1] for box in boxes],
             "picture": None if saved is None else str(saved),
-        }))
+        }
+        print(json.dumps(result), flush=True)
         return
     print()
     if not answer:
@@ -278,30 +301,15 @@ def _chat(settings: Settings, as_json: bool) -> None:
         print(f"saved {saved}")
 
 
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _stream_text(ids: Iterable[int], processor: Any, write: Callable[[str], None]) -> str:
-    """Write the text of token ids as it comes, up to the first stop token, and return it."""
-    answer = ""
-    tokens = itertools.takewhile(lambda number: number not in processor.config.stop_ids, ids)
-    for piece in stream_text(processor.tokenizer, tokens):
-        piece = piece if answer else piece.lstrip()
-        write(piece)
-        answer += piece
-    return answer.rstrip()
-
-
-def _draw(answer: str, pictures: list[str], folder: Path) -> tuple[list[Any], Path | None]:
-    """The boxes of an answer, and the first picture with them drawn, saved."""
+def _draw(answer: str, pictures: list[str], folder: Path, number: int) -> tuple[list[Any], Path | None]:
+    """The boxes of the `number`-th answer, and the first picture with them drawn, saved."""
     from mixformer.data.grounding import draw_boxes, parse_boxes
 
     boxes = parse_boxes(answer)
     if not boxes or not pictures:
         return boxes, None
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{Path(pictures[0]).stem}.png"
+    target = folder / f"{Path(pictures[0]).stem}{'' if number == 1 else f'-{number}'}.png"
     draw_boxes(pictures[0], boxes).save(target)
     return boxes, target
 

@@ -178,6 +178,8 @@ class ChatConfig:
         top_k: draw from the likeliest so many.
         top_p: draw from the smallest set of likeliest tokens with this probability.
         output: folder for pictures with the answer's boxes drawn; relative to where the command runs.
+        interactive: after the answer, read further questions about the same pictures from the standard input, one a
+            line, up to an empty line or its end.
     """
 
     prompt: str | None = None
@@ -188,6 +190,7 @@ class ChatConfig:
     top_k: int | None = None
     top_p: float | None = None
     output: str = "annotated"
+    interactive: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

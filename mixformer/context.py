@@ -77,8 +77,8 @@ class Context:
     def fill_positions(self) -> None:
         """Position ids that follow from the steps and the cache, where none were given."""
         cache, usual = self.cache, self._position_steps is None and not self.dynamic
-        if cache is not None:
-            cache.usual_positions &= usual and self.position_ids is None
+        if cache is not None and not (usual and self.position_ids is None):
+            cache.usual_positions = False
         if self.position_ids is not None or self.input_ids is None:
             return
         num_tokens, counted = self.input_ids.shape[1], usual and self.attention_mask is None
@@ -88,7 +88,7 @@ class Context:
             assert self.position_steps is not None
             positions = (self.position_steps.cumsum(1) - 1).clamp_min(0)
         self.position_ids = positions if cache is None else positions + cache.next_position[:, None]
-        if usual and (cache is None or cache.usual_positions):
+        if usual and not torch.compiler.is_compiling() and (cache is None or cache.usual_positions):
             bound = num_tokens if cache is None else cache.capacity
             self.known_positions = self.position_ids, bound, counted and cache is None
 

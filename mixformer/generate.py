@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mixformer import prefix
 from mixformer.cache import KVCache
+from mixformer.decode import CompiledSteps, roomy_capacity
 from mixformer.model import BaseModel
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -101,6 +103,8 @@ def stream(
     max_new_tokens: int = 256,
     cache: bool | KVCache = True,
     *,
+    compile: bool = False,
+    share_prefix: bool = False,
     stop_tokens: int | Sequence[int] = (),
     pad_token: int = 0,
     sample: dict[str, float] | None = None,
@@ -114,6 +118,8 @@ def stream(
         batch: as of `generate`.
         max_new_tokens: at most so many.
         cache: as of `generate`.
+        compile: run every further token through one compiled graph over a static cache (see `CompiledSteps`).
+        share_prefix: run what all rows begin with, pictures included, once for all of them.
         stop_tokens: ids that end a row.
         pad_token: what rows that have stopped are filled with.
         sample: draw instead of taking the likeliest: any of temperature, top_k, top_p, min_p,
@@ -124,7 +130,7 @@ def stream(
     prompt = _checked(batch, max_new_tokens)
     processors = [*processors, *_processors(sample or {})]
     stops = torch.tensor(_as_tuple(stop_tokens), dtype=torch.int64, device=prompt["input_ids"].device)
-    steps = _Steps(model, prompt, max_new_tokens, cache)
+    steps = _Steps(model, prompt, max_new_tokens, cache, compile, share_prefix)
     tokens = prompt["input_ids"].new_zeros(len(prompt["input_ids"]), 0)
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     logits = steps.start()
@@ -147,14 +153,28 @@ def stream(
 class _Steps:
     """Logits of the next token after the prompt and after each further token, with or without a cache."""
 
-    def __init__(self, model: BaseModel, prompt: dict[str, Any], num_new: int, cache: bool | KVCache) -> None:
+    def __init__(
+        self, model: BaseModel, prompt: dict[str, Any], num_new: int, cache: bool | KVCache, compiled: bool = False,
+        share_prefix: bool = False,
+    ) -> None:
         self.model, self.prompt = model, prompt
+        self.compiled: CompiledSteps | None = None
+        if (compiled and cache is False) or (share_prefix and cache is not True):
+            raise ValueError("compile needs a cache, and share_prefix one of its own: leave `cache` at True.")
         num_rows, length = prompt["input_ids"].shape
         self.cache: KVCache | None = None
         if isinstance(cache, KVCache):
             self.cache = cache
+        elif share_prefix:
+            self.cache, self.prompt = prefix.share_prefix(model, prompt, num_new)
+            if compiled:
+                self.cache = self.cache.copy(capacity=roomy_capacity(self.cache.capacity), static=True)
         elif cache:
-            self.cache = KVCache(model, num_rows, length + num_new)
+            capacity = length + num_new
+            self.cache = KVCache(model, num_rows, roomy_capacity(capacity) if compiled else capacity, static=compiled)
+        if compiled:
+            assert self.cache is not None
+            self.compiled = CompiledSteps(model, self.cache)
 
     def start(self) -> torch.Tensor:
         """[b, v] fp32 after the prompt."""
@@ -162,6 +182,8 @@ class _Steps:
 
     def next(self, token: torch.Tensor) -> torch.Tensor:
         """[b, v] fp32 after one more token per row, [b]."""
+        if self.compiled is not None:
+            return self.compiled(token).float()
         if self.cache is not None:
             return self.model(token[:, None], cache=self.cache, last_only=True)[:, -1].float()
         for name, fill in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):

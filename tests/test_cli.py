@@ -1,5 +1,6 @@
 """Command lines: describe, chat, and how mistakes are reported."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from mixformer import BaseMixin, Context, save_pretrained, wrap
 from mixformer.cli import JOBS, console, describe, main
+from mixformer.conversation import Conversation
 from mixformer.data.processor import Processor, ProcessorConfig
 from mixformer.tokenizer import load_tokenizer
 from models.cogagent import CogAgent, CogAgentConfig
@@ -192,6 +194,66 @@ def test_drawing_with_a_seed_repeats_itself(checkpoint: Path, capsys: pytest.Cap
     weights = f"--weights={checkpoint / 'weights'}"
     first, second, other = (run(capsys, weights, *options, f"--seed={seed}") for seed in (1, 1, 2))
     assert first == second != other
+
+
+def test_further_questions_are_read_from_the_input_and_answered_about_the_same_picture(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, Any, list[Any]]] = []
+    real = Conversation.stream
+
+    def watched(self: Conversation, prompt: str, images: Any = None, *rest: Any, **options: Any) -> Any:
+        asked.append((prompt, images, list(self.history)))
+        return real(self, prompt, images, *rest, **options)
+
+    monkeypatch.setattr(Conversation, "stream", watched)
+    script = [*TOKENIZER.encode(ANSWER), TOKENIZER.eos_id] * 3
+    options = [
+        "--config", str(checkpoint / "config.yaml"), "--chat.interactive", "true", f"--chat.output={tmp_path / 'out'}",
+        f"--mixins.script.init_args.ids={script}",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("And the link?\nWhat: else?\n\nNot read\n"))
+    main("models.cogagent:CogAgent", options)
+    out, err = capsys.readouterr()
+    names = ["screen.png", "screen-2.png", "screen-3.png"]
+    printed = [f"{ANSWER}\nbox [[100,200,300,400]]\nsaved {tmp_path / 'out' / name}\n" for name in names]
+    assert out == "".join(printed) and err == ""
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    first, second = ("Where is the button?", ANSWER), ("And the link?", ANSWER)
+    assert asked == [
+        (first[0], [str(checkpoint / "screen.png")], []), (second[0], None, [first]),
+        ("What: else?", None, [first, second]),
+    ]  # fmt: skip
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("And the link?"))
+    turns = [json.loads(line) for line in run(capsys, *options, "--json").splitlines()]
+    assert turns == [
+        {"answer": ANSWER, "boxes": [[100, 200, 300, 400]], "picture": str(tmp_path / "out" / name)}
+        for name in names[:2]
+    ]
+
+
+def test_all_questions_may_come_from_the_input_and_a_terminal_is_prompted(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO("What?\nWhere?\n")
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", terminal)
+    image = ("--image", str(checkpoint / "screen.png"))
+    main("models.cogagent:CogAgent", [
+        f"--weights={checkpoint / 'weights'}", "--chat.interactive=true", "--chat.max_new_tokens=3", "--json", *image,
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert len([json.loads(line) for line in out.splitlines()]) == 2
+    assert err == "> > > "
+
+
+def test_the_input_is_not_read_unless_asked_for(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    text = run(capsys, "--config", str(checkpoint / "config.yaml"), "--chat.image=null")
+    assert text.splitlines()[0] == ANSWER
 
 
 @pytest.mark.parametrize(

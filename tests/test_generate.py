@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixformer import BaseMixin, BaseModel, KVCache, TransformerConfig, wrap
 from mixformer.generate import generate, min_p, repetition_penalty, stream, top_k, top_p
+from mixformer.testing import collate, sample_row
 from models.cogagent import CogAgent, CogAgentConfig
 from models.eva2_clip import EVA2CLIPEConfig, EVA2CLIPLConfig
+
+Make = Callable[..., BaseModel]
 
 SPAN = 6
 
@@ -223,3 +228,33 @@ def test_wrong_options_are_named(small: BaseModel, options: dict[str, Any], mess
 def test_a_cache_without_room_says_how_large_it_must_be(small: BaseModel) -> None:
     with pytest.raises(ValueError, match="capacity=9"):
         generate(small, {"input_ids": torch.ones(1, 9, dtype=torch.int64)}, 2, cache=KVCache(small, 1, 8))
+
+
+@pytest.mark.parametrize("kind", ["llama", "cogvlm", "cogagent"])
+def test_compiled_generation_gives_the_tokens_of_eager_and_never_recompiles(
+    make: Make, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(kind)
+    counter = CompileCounterWithBackend("eager")
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda each, **options: real_compile(each, backend=counter, **options))
+    torch._dynamo.reset()
+    generator, graphs = torch.Generator().manual_seed(0), []
+    for lengths in ((7, 7), (6, 9)):
+        rows = [sample_row(model, int(kind != "llama"), length, generator) for length in lengths]
+        batch = collate(rows)
+        found = generate(model, batch, 8, compile=True)
+        assert torch.equal(found, generate(model, batch, 8))
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1]
+
+
+def test_compiling_without_a_cache_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="compile needs a cache"):
+        generate(make("llama"), {"input_ids": torch.ones(1, 3, dtype=torch.long)}, 2, False, compile=True)
+
+
+def test_compiled_steps_refuse_a_cache_that_grows(make: Make) -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match=r"static=True"):
+        generate(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)}, 2, KVCache(model, 1, 9), compile=True)

@@ -84,9 +84,9 @@ class CrossAttentionMixin(BaseMixin):
 
     def before_forward(self, ctx: Context) -> None:
         memo: dict[str, Any] = {} if ctx.cache is None else ctx.cache.memo
-        key, earlier = f"{self.name}.valid", memo.get(f"{self.name}.valid")
+        key, whole, earlier = f"{self.name}.valid", f"{self.name}.all", memo.get(f"{self.name}.valid")
         if f"{self.name}.rows" not in ctx.shared:
-            ctx.shared[key] = earlier
+            ctx.shared[key], ctx.shared[whole] = earlier, memo.get(whole, False)
             return
         features, places = self.encode(ctx.require("cross_images")), ctx.shared[f"{self.name}.rows"]
         if places is None:
@@ -96,7 +96,7 @@ class CrossAttentionMixin(BaseMixin):
             valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)
             features = features[places.clamp_min(0)].flatten(1, 2)
         ctx.shared[f"{self.name}.features"] = features
-        ctx.shared[f"{self.name}.all"] = places is None and earlier is None
+        ctx.shared[whole] = memo[whole] = places is None and (earlier is None or memo[whole])
         ctx.shared[key] = memo[key] = valid if earlier is None else torch.cat([earlier, valid], dim=1)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -130,10 +130,9 @@ class CrossAttentionMixin(BaseMixin):
         q = weights.query(weights.norm(hidden_states, ctx), ctx)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self._keys_values(weights, layer, ctx)
-        whole = ctx.shared.get(f"{self.name}.all", False)
-        has_image = valid.any(1)[:, None, None]
-        mask = None if whole else (valid[:, None] | ~has_image)[:, None]
+        has_image = None if ctx.shared[f"{self.name}.all"] else valid.any(1)[:, None, None]
+        mask = None if has_image is None else (valid[:, None] | ~has_image)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         out = weights.dense(out, ctx)
-        out = out if whole else torch.where(has_image, out, 0)
+        out = out if has_image is None else torch.where(has_image, out, 0)
         return out if below is None else below + out
