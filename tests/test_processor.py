@@ -384,3 +384,11 @@ def test_arguments_of_a_wrong_type_are_named() -> None:
         small_processor()("x", 7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a TrainingSample"):
         small_processor().training_batch(["x"])  # type: ignore[list-item]
+
+
+def test_coordinates_are_rounded_to_the_grid_in_past_turns_as_well() -> None:
+    processor, (off, on) = small_processor(coordinate_grid=10), ("[[123,207,311,489]]", "[[100,200,300,500]]")
+    past = {box: [(f"Read {box}", f"It is {box}")] for box in (off, on)}
+    rounded, plain = (processor("Why?", history=past[box])["input_ids"] for box in (off, on))
+    assert torch.equal(rounded, plain)
+    assert not torch.equal(rounded, small_processor()("Why?", history=past[off])["input_ids"])

@@ -272,8 +272,10 @@ class Processor:
         if pictures and config.image_size is None:
             raise ValueError("this model reads text only (no image_size): leave the images out")
         query, turns = _as_question(prompt, history)
-        if config.coordinate_grid is not None:
-            query = snap_coordinates(query, config.coordinate_grid)
+        grid = config.coordinate_grid
+        if grid is not None:
+            query = snap_coordinates(query, grid)
+            turns = [(snap_coordinates(asked, grid), snap_coordinates(said, grid)) for asked, said in turns]
         text = render_prompt(query, template or config.template, config.family, turns, len(pictures))
         slot = get_family(config.family).image_slot
         # Without slots all images open the sequence; with slots each piece of text follows one image, but the
