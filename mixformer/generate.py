@@ -91,7 +91,7 @@ def generate(
         ValueError: padding on the right, sizes below one, or a cache without room.
     """
     if num_beams > 1:
-        return _beam_search(model, batch, max_new_tokens, cache, num_beams, _as_tuple(stop_tokens), **options)
+        return _beam_search(model, batch, max_new_tokens, cache, num_beams, as_tuple(stop_tokens), **options)
     steps = list(stream(model, batch, max_new_tokens, cache, stop_tokens=stop_tokens, **options))
     return torch.stack(steps, dim=1)
 
@@ -127,9 +127,9 @@ def stream(
         processors: further callables (tokens [b, n], logits [b, v]) -> logits, before those of `sample`.
         generator: of the draws.
     """
-    prompt = _checked(batch, max_new_tokens)
-    processors = [*processors, *_processors(sample or {})]
-    stops = torch.tensor(_as_tuple(stop_tokens), dtype=torch.int64, device=prompt["input_ids"].device)
+    prompt = checked_prompt(batch, max_new_tokens)
+    processors = [*processors, *sampling_processors(sample or {})]
+    stops = torch.tensor(as_tuple(stop_tokens), dtype=torch.int64, device=prompt["input_ids"].device)
     steps = _Steps(model, prompt, max_new_tokens, cache, compile, share_prefix)
     tokens = prompt["input_ids"].new_zeros(len(prompt["input_ids"]), 0)
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -207,7 +207,7 @@ def _beam_search(
 ) -> torch.Tensor:
     if cache is not True:
         raise ValueError("Beam search keeps a cache of its own; leave `cache` at True.")
-    prompt = _checked(batch, max_new_tokens)
+    prompt = checked_prompt(batch, max_new_tokens)
     steps = _Steps(model, prompt, max_new_tokens, True)
     logits = F.log_softmax(steps.start(), dim=-1)
     num_rows, num_vocab = logits.shape
@@ -241,7 +241,12 @@ def _beam_search(
     return tokens[torch.arange(num_rows, device=device), winner]
 
 
-def _processors(sample: dict[str, float]) -> list[LogitsProcessor]:
+def sampling_processors(sample: dict[str, float]) -> list[LogitsProcessor]:
+    """The processors of sampling options, in the order in which they apply.
+
+    Raises:
+        ValueError: an unknown option, or one that is not above 0.
+    """
     makers: dict[str, Callable[[Any], LogitsProcessor]] = {
         "repetition_penalty": repetition_penalty, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p,
@@ -255,7 +260,12 @@ def _processors(sample: dict[str, float]) -> list[LogitsProcessor]:
     return [makers[name](int(sample[name]) if name == "top_k" else sample[name]) for name in makers if name in sample]
 
 
-def _checked(batch: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+def checked_prompt(batch: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """The inputs of a batch that are there.
+
+    Raises:
+        ValueError: nothing to generate, or padding on the right.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     mask = batch.get("attention_mask")
@@ -264,5 +274,6 @@ def _checked(batch: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if value is not None}
 
 
-def _as_tuple(stop_tokens: int | Sequence[int]) -> tuple[int, ...]:
+def as_tuple(stop_tokens: int | Sequence[int]) -> tuple[int, ...]:
+    """One stop token or several, as several."""
     return (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
