@@ -44,7 +44,8 @@ class RotaryMixin(BaseMixin):
 
     def frequencies(self, device: torch.device | None) -> torch.Tensor:
         """[d / 2] angle per position, fp32."""
-        return _frequencies(self.base, self.head_width, device)
+        kept = not torch.compiler.is_compiling()
+        return (_kept_frequencies if kept else _frequencies)(self.base, self.head_width, device)
 
     def angles(self, position_ids: torch.Tensor) -> torch.Tensor:
         """[b, s] -> [b, s, d], in the precision of the tables."""
@@ -77,6 +78,12 @@ class RotaryMixin(BaseMixin):
 def _frequencies(base: float, head_width: int, device: torch.device | None) -> torch.Tensor:
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
     return 1.0 / (base**exponents)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_frequencies(base: float, head_width: int, device: torch.device | None) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _frequencies(base, head_width, device)
 
 
 def _angles(position_ids: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks against peers: `python -m tests.benchmarks [names] --json FILE --markdown FILE`."""
