@@ -9,13 +9,64 @@ import torch
 
 Selection = tuple[str, ...]
 TEXT = "text"
+_SHORT_RUN = 16  # tokens; below this, on average, rows are looked up one by one
 
 
-class Split(NamedTuple):
-    """How a selection falls into parts: the places of each part, and the order that puts the parts back."""
+class Run(NamedTuple):
+    """Neighbours of a selection that lie side by side in one part: [start, stop) there, [begin, end) in the part."""
 
-    places: tuple[torch.Tensor, ...]
-    order: torch.Tensor
+    start: int
+    stop: int
+    part: int
+    begin: int
+    end: int
+
+
+class Split:
+    """How a selection falls into parts, and how the parts are put together again.
+
+    On a CPU, where copying long runs costs less than looking every row up, tokens move in runs if runs are long.
+
+    Args:
+        places: [tokens of the part] of each part, in the selection.
+        order: [tokens], the permutation that puts the concatenated parts back into order.
+    """
+
+    def __init__(self, places: tuple[torch.Tensor, ...], order: torch.Tensor) -> None:
+        self.places, self.order = places, order
+        compiling = torch.compiler.is_compiling()
+        self.runs = None if compiling or order.device.type != "cpu" else self._long_runs()
+
+    def _long_runs(self) -> list[Run] | None:
+        sizes = [len(places) for places in self.places]
+        offsets = [sum(sizes[:part]) for part in range(len(sizes))]
+        follows = self.order.diff() == 1
+        for offset in offsets[1:]:
+            follows &= self.order[1:] != offset
+        starts = [0, *((~follows).nonzero().flatten() + 1).tolist()]
+        if len(starts) * _SHORT_RUN > len(self.order):
+            return None
+        runs = []
+        for start, stop, first in zip(
+            starts, [*starts[1:], len(self.order)], self.order[torch.tensor(starts)].tolist(), strict=True
+        ):
+            part = max(index for index, offset in enumerate(offsets) if offset <= first)
+            begin = first - offsets[part]
+            runs.append(Run(start, stop, part, begin, begin + stop - start))
+        return runs
+
+    def take(self, x: torch.Tensor, part: int, copied: bool = True) -> torch.Tensor:
+        """[tokens, h] -> the rows of one part; without `copied`, a view if they lie side by side."""
+        if torch.compiler.is_compiling() or self.runs is None:
+            return x.index_select(0, self.places[part])
+        rows = [x[run.start : run.stop] for run in self.runs if run.part == part]
+        return torch.cat(rows) if copied or len(rows) > 1 else rows[0]
+
+    def put(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The rows of each part -> [tokens, o]."""
+        if torch.compiler.is_compiling() or self.runs is None:
+            return torch.cat(list(pieces)).index_select(0, self.order)
+        return torch.cat([pieces[run.part][run.begin : run.end] for run in self.runs])
 
 
 class Routes:
@@ -29,6 +80,7 @@ class Routes:
         self.groups: dict[str, torch.Tensor] = {}
         self._relative: dict[tuple[Selection, Selection], torch.Tensor] = {}
         self._inverse: dict[tuple[Selection, ...], torch.Tensor] = {}
+        self._split: dict[tuple[Selection, ...], Split] = {}
 
     @property
     def present(self) -> Selection:
@@ -62,14 +114,16 @@ class Routes:
         self.groups = ({TEXT: text} if text.numel() else {}) | others | {name: index}
         self._relative.clear()
         self._inverse.clear()
-        members = [(key,) for key in self.groups]
-        for member in members:
-            self.relative(member, self.present)
-        self.inverse(tuple(members), self.present)
+        self._split.clear()
+        self.split(tuple((key,) for key in self.groups), self.present)
 
     def split(self, parts: tuple[Selection, ...], selection: Selection) -> Split:
-        """The index tensors that take a selection apart and put it together again."""
-        return Split(tuple(self.relative(part, selection) for part in parts), self.inverse(parts, selection))
+        """How to take a selection apart and put it together again."""
+        key = (*parts, selection)
+        if key not in self._split:
+            places = tuple(self.relative(part, selection) for part in parts)
+            self._split[key] = Split(places, self.inverse(parts, selection))
+        return self._split[key]
 
     def size(self, selection: Selection) -> int:
         """Number of tokens in a selection."""
@@ -171,12 +225,14 @@ def _own_gradient() -> bool:
 
 def _take(x: torch.Tensor, split: Split) -> Sequence[torch.Tensor]:
     """[tokens, h] -> the rows of each part."""
-    return _Take.apply(x, split) if _own_gradient() else [x.index_select(0, places) for places in split.places]
+    if _own_gradient():
+        return _Take.apply(x, split)
+    return [split.take(x, part, copied=False) for part in range(len(split.places))]
 
 
 def _put(pieces: Sequence[Any], split: Split, x: torch.Tensor) -> torch.Tensor:
     """The rows of each part -> [..., o] in order, with the leading axes of `x`."""
-    merged = _Put.apply(split, *pieces) if _own_gradient() else torch.cat(list(pieces)).index_select(0, split.order)
+    merged = _Put.apply(split, *pieces) if _own_gradient() else split.put(pieces)
     return merged.view(*x.shape[:-1], merged.shape[-1])
 
 
@@ -185,7 +241,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, split: Split) -> tuple[torch.Tensor, ...]:
-        return tuple(x.index_select(0, places) for places in split.places)
+        return tuple(split.take(x, part) for part in range(len(split.places)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -193,7 +249,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.cat(grads).index_select(0, ctx.split.order), None
+        return ctx.split.put(grads), None
 
 
 class _Put(torch.autograd.Function):
@@ -201,7 +257,7 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     def forward(split: Split, *pieces: torch.Tensor) -> torch.Tensor:
-        return torch.cat(pieces).index_select(0, split.order)
+        return split.put(pieces)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -209,8 +265,8 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = zip(ctx.split.places, ctx.needs_input_grad[1:], strict=True)
-        return None, *(grads[0].index_select(0, places) if need else None for places, need in needed)
+        split, needed = ctx.split, enumerate(ctx.needs_input_grad[1:])
+        return None, *(split.take(grads[0], part) if need else None for part, need in needed)
 
 
 def items_by_row(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

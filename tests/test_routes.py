@@ -42,6 +42,30 @@ def test_tuples_of_other_widths_come_back_with_the_leading_axes() -> None:
     assert wide.shape == (3, 4, 4) and torch.equal(narrow, x[..., :1])
 
 
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("names", [["image", "text"], ["text", "image", "audio", "image"], ["text", "text", "image"]])
+def test_long_runs_and_short_ones_are_split_and_joined_alike(names: list[str], length: int) -> None:
+    owners = [name for name in names for _ in range(length)]
+    places = {name: [place for place, owner in enumerate(owners) if owner == name] for name in set(names)}
+    ctx = Context()
+    for name in ("image", "audio"):
+        ctx.routes.add(name, torch.tensor(places.get(name, []), dtype=torch.long), len(owners))
+    weights = {name: torch.randn(3, 4, requires_grad=True) for name in places}
+    branches = {name: (lambda t, w=weight: (t @ w[:, :1], t @ w[:, 1:])) for name, weight in weights.items()}
+    x = torch.randn(len(owners), 3, requires_grad=True)
+    narrow, wide = ctx.route(x, **branches)
+    expected = torch.stack([token @ weights[owner] for token, owner in zip(x, owners, strict=True)])
+    torch.testing.assert_close(torch.cat([narrow, wide], 1), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(ctx.route(x, **branches), 1), expected)
+    grad = torch.randn_like(expected)
+    inputs = [x, *weights.values()]
+    found = torch.autograd.grad((narrow, wide), inputs, (grad[:, :1], grad[:, 1:]))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, grad))
+    runs = ctx.routes.split(tuple((name,) for name in ctx.routes.present), ctx.routes.present).runs
+    assert (runs is not None) == (length > 16)
+
+
 def test_a_group_without_a_branch_goes_with_text() -> None:
     ctx = routed(image=[1, 2], audio=[3])
     x = torch.zeros(12, 1)
