@@ -98,10 +98,10 @@ class KVCache:
             keys.index_copy_(2, slots, k.to(keys.dtype))
             values.index_copy_(2, slots, v.to(values.dtype))
             return keys, values
-        end = self._length + num_tokens
-        keys[:, :, self._length : end] = k
-        values[:, :, self._length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        start, end = self._length, self._length + num_tokens
+        keys.narrow(2, start, num_tokens).copy_(k)
+        values.narrow(2, start, num_tokens).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def mark(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
         """Which slots are real once the next tokens are in, [b, capacity] bool, or None without any padding."""
@@ -116,14 +116,16 @@ class KVCache:
             self.valid[:, self._length : self._length + num_tokens] = real
         return self.valid
 
-    def advance(self, num_tokens: int, next_position: torch.Tensor | None) -> None:
-        """Count the tokens of a finished forward. `next_position` [b] is the id of each row's next token."""
+    def advance(self, num_tokens: int, position_ids: torch.Tensor | None) -> None:
+        """Count the tokens of a finished forward, at these [b, s] positions; None for one position each."""
         if self.static:
             self.cursor.add_(num_tokens)
         if not self._in_static_graph():
             self._length += num_tokens
-        if next_position is not None:
-            self.next_position.copy_(next_position)
+        if position_ids is None:
+            self.next_position.add_(num_tokens)
+        else:
+            self.next_position.copy_(position_ids.amax(1) + 1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) rows, in the order given: beam search, finished rows."""

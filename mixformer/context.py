@@ -25,8 +25,8 @@ class Context:
         input_ids: [b, s] or None in towers.
         attention_mask: [b, s] bool, True on real tokens, or None when there is no padding.
         position_ids: [b, s] ([1, s] where all rows are alike), or None until the plan is complete.
-        known_positions: (ids, bound, counted) of position ids that were filled in: none of them reaches the bound, and
-            with counted they are 0, 1, ... in every row. Void once `position_ids` is another tensor.
+        known_positions: (ids, bound, counted) of position ids that were filled in: none of them reaches the bound, if
+            one is known, and with counted each row goes on by one per slot. Void once `position_ids` is another tensor.
         mask: a mask description during `plan`, lowered before the first layer.
         cache: the KVCache or None.
         inputs: the declared extra inputs that were given.
@@ -50,7 +50,7 @@ class Context:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.position_ids = position_ids
-        self.known_positions: tuple[torch.Tensor, int, bool] | None = None
+        self.known_positions: tuple[torch.Tensor, int | None, bool] | None = None
         self._position_steps: torch.Tensor | None = None
         self.mask: Mask | LoweredMask | None = None
         self.cache = cache
@@ -88,9 +88,9 @@ class Context:
             assert self.position_steps is not None
             positions = (self.position_steps.cumsum(1) - 1).clamp_min(0)
         self.position_ids = positions if cache is None else positions + cache.next_position[:, None]
-        if usual and not torch.compiler.is_compiling() and (cache is None or cache.usual_positions):
-            bound = num_tokens if cache is None else cache.capacity
-            self.known_positions = self.position_ids, bound, counted and cache is None
+        if usual and not torch.compiler.is_compiling():
+            bound = num_tokens if cache is None else cache.capacity if cache.usual_positions else None
+            self.known_positions = self.position_ids, bound, counted
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
         """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.

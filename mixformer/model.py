@@ -193,7 +193,9 @@ class BaseModel(MixinHost):
             hidden_states = hidden_states[:, -1:]
         logits = hooks.final_forward(hidden_states, ctx)
         if cache is not None:
-            cache.advance(num_tokens, ctx.position_ids.amax(1) + 1)
+            known = ctx.known_positions
+            counted = known is not None and known[2] and known[0] is ctx.position_ids
+            cache.advance(num_tokens, None if counted else ctx.position_ids)
         return Output(logits, {key: hidden[key] for key in hidden_layers}, ctx.losses)
 
     def forward(

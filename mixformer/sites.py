@@ -68,11 +68,15 @@ class Linear(Sited, nn.Linear):
 
     def plain(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """The projection itself, below every mixin."""
-        return F.linear(x, self.weight, self.bias)
+        try:  # an attribute of a module costs a microsecond when it is a parameter, an entry of a dict nearly nothing
+            own: Any = self._parameters
+            return F.linear(x, own["weight"], own["bias"])
+        except KeyError:  # parametrized, pruned or sharded: not a plain parameter now
+            return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Project [..., in] to [..., out]; pass `ctx` so that mixins on this site can use it."""
-        return F.linear(x, self.weight, self.bias) if self.hook is None else self.hook(x, ctx)
+        return self.plain(x) if self.hook is None else self.hook(x, ctx)
 
 
 class LayerNorm(Sited, nn.LayerNorm):
@@ -108,7 +112,9 @@ class RMSNorm(Sited):
 
     def plain(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """The norm itself, below every mixin."""
-        weight, dtype = self.weight, x.dtype
+        weight, dtype = self._parameters.get("weight"), x.dtype
+        if weight is None:
+            weight = self.weight
         if dtype == weight.dtype and (self.cast == "last" or dtype == torch.float32):
             return torch.rms_norm(x, self.shape, weight, self.eps)
         wide = x.float()
@@ -119,8 +125,7 @@ class RMSNorm(Sited):
 
     def forward(self, x: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        hook = self.hook
-        return self.plain(x) if hook is None else hook(x, ctx)
+        return self.plain(x) if self.hook is None else self.hook(x, ctx)
 
 
 def make_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from mixformer import BaseMixin, BaseModel, Output, TransformerConfig, replace
 from mixformer.sites import RMSNorm
@@ -365,3 +366,23 @@ def test_a_tower_without_patches_says_what_is_missing() -> None:
     model = BaseModel(TransformerConfig(vocab_size=0, hidden_size=8, num_heads=2))
     with pytest.raises(ValueError, match="no word embedding; a mixin must replace 'word_embedding_forward'"):
         model()
+
+
+class Doubled(torch.nn.Module):
+    """A parametrization: twice the value."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return 2 * value
+
+
+@pytest.mark.parametrize(("part", "name"), [("mlp.up", "weight"), ("mlp.up", "bias"), ("attention_norm", "weight")])
+def test_parametrized_weights_are_used(make: Make, part: str, name: str) -> None:
+    model, ids = make("llama", num_layers=1, bias="all"), torch.tensor([[1, 4, 2, 8]])
+    module = model.get_submodule(f"transformer.layers.0.{part}")
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        doubled.get_parameter(f"transformer.layers.0.{part}.{name}").mul_(2)
+        parametrize.register_parametrization(module, name, Doubled())
+        assert torch.equal(model(ids), doubled(ids))
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        assert torch.equal(model(ids), doubled(ids))

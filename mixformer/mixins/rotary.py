@@ -56,14 +56,21 @@ class RotaryMixin(BaseMixin):
         positions = ctx.position_ids
         if positions is None:
             raise ValueError("Rotary positions need position_ids; give input_ids or position_ids.")
-        known = None if self.tables == "released" or torch.compiler.is_compiling() else ctx.known_positions
-        if known is not None and known[0] is positions and type(positions) is torch.Tensor:
-            _, bound, counted = known
+        bound, counted = self._kept(ctx, positions)
+        if bound is not None:
             table = _kept_table(self.base, self.head_width, max(256, 1 << (bound - 1).bit_length()), positions.device)
-            cos, sin = (table[:bound] if counted else F.embedding(positions, table)[:, None]).chunk(2, -1)
+            rows = table[:bound] if counted else F.embedding(positions, table)[:, None]
+            cos, sin = rows.chunk(2, -1)
         else:
             cos, sin = _cos_sin(self.angles(positions)[:, None])
         ctx.shared[f"{self.name}.cos_sin"] = cos, sin
+
+    def _kept(self, ctx: Context, positions: torch.Tensor) -> tuple[int | None, bool]:
+        """How many rows of the kept table are needed, or None to compute anew; whether they are those from 0 on."""
+        known = None if self.tables == "released" or torch.compiler.is_compiling() else ctx.known_positions
+        if known is None or known[0] is not positions or type(positions) is not torch.Tensor:
+            return None, False
+        return known[1], known[2] and ctx.cache is None
 
     @replace
     def position_fn(
