@@ -23,6 +23,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def normal(*shape: int, std: float) -> torch.Tensor:
+    """Fresh normal weights; shapes only on the meta device, where drawing would import torch's compiler for nothing."""
+    made = torch.empty(shape)
+    return made if made.is_meta else torch.randn(shape) * std
+
+
 class Sited(nn.Module):
     """A module that mixins can reach by its site name. `hook` is the resolved chain, or None when unclaimed."""
 
@@ -62,6 +68,8 @@ class Linear(Sited, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Normal weights, zero bias."""
+        if self.weight.is_meta:
+            return
         nn.init.normal_(self.weight, std=self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

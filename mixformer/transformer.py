@@ -119,6 +119,8 @@ class Transformer(nn.Module):
 
 
 def _embedding(rows: int, size: int, config: TransformerConfig) -> nn.Embedding:
+    if torch.get_default_device().type == "meta":  # as of `normal`
+        return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
     table = nn.Embedding(rows, size)
     nn.init.normal_(table.weight, std=config.init_std)
     return table

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from mixformer import BaseMixin, BaseModel, KVCache, generate, wrap
 from mixformer.routes import TEXT
 from mixformer.testing import collate, sample_row
 
+ROOT = Path(__file__).parents[1]
 Make = Callable[..., BaseModel]
 ROUTED_SITES = 3  # qkv, dense and the MLP
 
@@ -134,3 +138,10 @@ def test_a_prompt_costs_the_logits_of_its_last_token_only(make: Make, kind: str)
     model.add_mixin("spy", Spy())
     generate(model, collate([sample_row(model, 0, 5), sample_row(model, 0, 8)]), 3)
     assert shapes == [(2, 1)] * 3
+
+
+def test_shapes_alone_need_no_compiler() -> None:
+    build = "from models.cogagent import CogAgent; CogAgent(device='meta')"
+    code = f"import sys; {build}; print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "False"

@@ -601,3 +601,15 @@ def test_experts_start_as_the_language_model_unless_told(make: Make) -> None:
     assert not torch.equal(layer.mixins["fresh"].up.weight, layer.mlp.up.weight)
     assert torch.equal(layer.mixins["attention"].qkv.weight, layer.attention.qkv.weight)
     assert isinstance(layer.mixins["attention"], nn.Module)
+
+
+@pytest.mark.parametrize("tables", ["fp32", "released"])
+def test_tables_of_a_model_of_shapes_are_not_those_of_a_real_one(make: Make, tables: str) -> None:
+    shapes = make("llama", rope_base=777.0, rope_tables=tables).config.build(device="meta")
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    assert shapes(ids.to("meta")).is_meta
+    model = make("llama", rope_base=777.0, rope_tables=tables)
+    assert not model(ids).is_meta
+    width = model.config.head_width
+    expected = torch.tensor([777.0 ** (-2 * i / width) for i in range(width // 2)])
+    torch.testing.assert_close(model.get_mixin("rotary").frequencies(torch.device("cpu")), expected)

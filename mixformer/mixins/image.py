@@ -13,6 +13,7 @@ from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.context import Context
 from mixformer.hooks import wrap
 from mixformer.mixin import BaseMixin
+from mixformer.sites import normal
 
 
 class ImageMixin(BaseMixin):
@@ -39,8 +40,8 @@ class ImageMixin(BaseMixin):
         self.projector = self.adapter_config.build(
             tower.hidden_size, config.hidden_size, config.inner_size, tower.max_positions - 1
         )
-        self.boi = nn.Parameter(torch.randn(config.hidden_size) * config.init_std)
-        self.eoi = nn.Parameter(torch.randn(config.hidden_size) * config.init_std)
+        self.boi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
+        self.eoi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
 
     def plan(self, ctx: Context) -> None:
         types, images = ctx.inputs.get("token_type_ids"), ctx.inputs.get("images")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mixformer.context import Context
 from mixformer.hooks import replace
 from mixformer.mixin import BaseMixin
+from mixformer.sites import normal
 
 
 class StemStage(nn.Module):
@@ -77,7 +78,7 @@ class PatchEmbeddingMixin(BaseMixin):
         self.stem = nn.ModuleList(stem)
         side = self.patch_size // 2 ** len(stem)
         self.conv = nn.Conv2d(widths[-1], size, side, side)
-        self.cls = nn.Parameter(torch.randn(size) * model.config.init_std)
+        self.cls = nn.Parameter(normal(size, std=model.config.init_std))
 
     def plan(self, ctx: Context) -> None:
         images = ctx.require("images")

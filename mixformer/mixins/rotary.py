@@ -40,11 +40,12 @@ class RotaryMixin(BaseMixin):
         if self.head_width % 2:
             raise ValueError(f"Rotary positions need an even head size; this model's is {self.head_width}.")
         if self.tables == "released":
-            self.register_buffer("inv_freq", self.frequencies(None).to(torch.get_default_dtype()))
+            made = torch.empty(self.head_width // 2)
+            self.register_buffer("inv_freq", made if made.is_meta else self.frequencies(None).to(made.dtype))
 
     def frequencies(self, device: torch.device | None) -> torch.Tensor:
         """[d / 2] angle per position, fp32."""
-        kept = not torch.compiler.is_compiling()
+        kept = device is not None and not torch.compiler.is_compiling()
         return (_kept_frequencies if kept else _frequencies)(self.base, self.head_width, device)
 
     def angles(self, position_ids: torch.Tensor) -> torch.Tensor:
