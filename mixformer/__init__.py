@@ -15,5 +15,6 @@ from mixformer.slots import generate_queue
 
 __all__ = [
     "BaseMixin", "BaseModel", "Context", "Conversation", "KVCache", "Linear", "Output", "SiteMixin",
-    "TransformerConfig", "from_pretrained", "generate", "generate_queue", "load_processor", "replace", "save_pretrained", "wrap",
+    "TransformerConfig", "from_pretrained", "generate", "generate_queue", "load_processor", "replace",
+    "save_pretrained", "wrap",
 ]

@@ -41,7 +41,7 @@ class CompiledSteps:
         self.model, self.cache = model, cache
         self.compiled: Any = torch.compile(model, fullgraph=True)
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.cursor.device)
-        self.ready = False
+        self.ready, self.left = False, 0
         self.graph: Any = None
         self.logits: torch.Tensor | None = None
 
@@ -52,13 +52,14 @@ class CompiledSteps:
         Raises:
             ValueError: the cache is full.
         """
-        cache = self.cache
+        if not self.left:  # counted here, since asking a GPU would wait for it
+            self.cache.reserve(len(token), 1)
+            self.left = self.cache.capacity - self.cache.length
+        self.left -= 1
         if self.token.device.type != "cuda":
-            cache.reserve(len(token), 1)
             return self._step(token[:, None])
         self.token.copy_(token[:, None])
         if self.graph is None:
-            cache.reserve(len(token), 1)
             self._record()
         self.graph.replay()
         assert self.logits is not None

@@ -258,3 +258,14 @@ def test_compiled_steps_refuse_a_cache_that_grows(make: Make) -> None:
     model = make("llama")
     with pytest.raises(ValueError, match=r"static=True"):
         generate(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)}, 2, KVCache(model, 1, 9), compile=True)
+
+
+def test_compiled_steps_end_where_the_cache_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda each, **options: real_compile(each, backend="eager", **options))
+    model, ids = make("llama"), torch.tensor([[1, 4, 2]])
+    cache = KVCache(model, 1, 5, static=True)
+    assert generate(model, {"input_ids": ids}, 3, cache, compile=True).shape == (1, 3)
+    cache = KVCache(model, 1, 5, static=True)
+    with pytest.raises(ValueError, match="The cache holds 5 tokens per row; 5 are used"):
+        generate(model, {"input_ids": ids}, 4, cache, compile=True)
