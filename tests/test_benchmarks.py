@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import harness
+from benchmarks import accelerator, harness
+from benchmarks.accelerator import host_waits
 from benchmarks.floor import Cache, load_floor
-from benchmarks.harness import CASES, Group, Options, Run, Unequal
+from benchmarks.harness import CASES, Group, Options, Run, Skipped, Unequal
 from benchmarks.peers import floor_gradients, gradients, hf_gradients, load_hf, loss_of, make_peers
 from benchmarks.report import markdown
+from torch.utils.flop_counter import FlopCounterMode
 
+from mixformer import BaseMixin, BaseModel, KVCache
+from mixformer.decode import CompiledSteps
+from mixformer.testing import collate, sample_row
 from models.llama import LLaMA, LLaMAConfig
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "inner_hidden_size": 40}
@@ -202,3 +209,157 @@ def test_without_transformers_the_table_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     model = LLaMA(LLaMAConfig(**SIZES))
     assert load_hf(model) == (None, {"HF": "transformers is not installed"})
+
+
+def test_a_case_that_cannot_run_here_is_skipped_with_its_reason_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(options: Options) -> Iterator[Group]:
+        """Stops in the middle."""
+        yield Group("first", {"floor": Run(lambda: None)})
+        raise Skipped("there is no second one")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(CASES, "half", harness.Case("half", "Half", "", half))
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    names = [name for name in CASES if name.startswith("gpu_")]
+    threads = torch.get_num_threads()
+    try:
+        given = [*names, "half", "--json", str(file), "--markdown", str(page), "--threads", "1", "--rounds", "1"]
+        code = command.main(given)
+    finally:
+        torch.set_num_threads(threads)
+    found, text, printed = json.loads(file.read_text())["cases"], page.read_text(), capsys.readouterr().out
+    assert code == 0 and len(names) >= 6
+    for name in names:
+        assert "no CUDA device" in found[name]["skipped"] and not found[name]["groups"]
+        assert f"{name}: skipped - no CUDA device" in printed
+    assert [group["title"] for group in found["half"]["groups"]] == ["first"]
+    assert "### First" in text and "**Skipped:** there is no second one." in text
+    assert text.count("**Skipped:** no CUDA device") == len(names)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("gpu_")])
+def test_gpu_cases_run_in_tiny_sizes_anywhere(name: str) -> None:
+    threads = torch.get_num_threads()
+    try:
+        found = harness.run_case(CASES[name], Options(threads=1, quick=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert found["groups"] and "skipped" not in found
+    figures = {"gpu_decode": "of copy bandwidth", "gpu_prefill": "of matrix rate", "gpu_training": "of matrix rate"}
+    for group in found["groups"]:
+        compared = [one for one in group["competitors"].values() if one["kind"] == "compared"]
+        assert name == "gpu_limits" or len(compared) > 1
+        for one in compared if name in figures else ():
+            assert one["figures"][figures[name]]["median"] > 0
+        if name == "gpu_waits":
+            assert group["facts"]["waits in a planned forward"] == 0
+
+
+def test_times_on_a_device_are_means_without_resets_and_rates_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(), []
+    monkeypatch.setattr("benchmarks.accelerator.time.perf_counter", clock)
+    monkeypatch.setattr("benchmarks.accelerator.synchronize", lambda: order.append("wait"))
+    work = clock.work(2.0)
+    run = accelerator.timed(
+        lambda: (order.append("call"), work()), 3, clock.work(100.0), rates={"TB/s": 8.0}  # type: ignore[func-returns-value]
+    )
+    assert harness.sample(run, 1, clock) == {"seconds": 2.0, "TB/s": 4.0}
+    assert order == ["wait", "call", "call", "call", "wait"]
+
+
+def test_operations_are_those_that_torch_counts_and_attention_is_causal() -> None:
+    model = LLaMA(LLaMAConfig(**SIZES, num_kv_heads=2))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(3, 7, dtype=torch.int64))
+    counts = counter.get_flop_counts()["Global"]
+    assert accelerator.product_flops(model, 21, 21) == counts[torch.ops.aten.mm]
+    pairs = sum(1 for query in range(7) for key in range(7) if key <= query)
+    assert accelerator.attention_flops(model, 3, 7) == 3 * pairs * SIZES["num_layers"] * 2 * 2 * SIZES["hidden_size"]
+    with FlopCounterMode(display=False) as counter:
+        accelerator.products_alone(model, 21, 3, backward=True)()
+    assert counter.get_total_flops() == 3 * accelerator.product_flops(model, 21, 3)
+
+
+def test_a_step_reads_every_weight_but_embeddings_experts_and_towers(make: Callable[..., BaseModel]) -> None:
+    model = make("llama", rope_tables="released").bfloat16()
+    stored = sum(parameter.numel() for parameter in model.parameters()) - 61 * 32
+    assert accelerator.bytes_per_token(model) == 2 * stored
+    assert accelerator.bytes_per_token(make("cogagent").bfloat16()) == 2 * stored
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: torch.equal(x, x + 1),
+        lambda x: (x > 0).nonzero(), lambda x: x.unique(), lambda x: x + torch.tensor([1.0]),
+    ],
+)
+def test_the_profiler_sees_what_a_host_would_wait_for(wait: Callable[[torch.Tensor], object]) -> None:
+    x = torch.ones(5)
+    assert host_waits(lambda: wait(x))
+    assert not host_waits(lambda: torch.where(x > 0, x * 2, 0).cumsum(0))
+
+
+def mixed_batch(model: BaseModel) -> dict[str, torch.Tensor]:
+    """Padding, and rows with different numbers of pictures."""
+    generator = torch.Generator().manual_seed(0)
+    return collate([sample_row(model, count, length, generator) for count, length in ((1, 9), (2, 7), (0, 5))])
+
+
+@pytest.mark.parametrize("kind", ["llama", "cogvlm", "cogvlm2", "cogagent"])
+def test_a_planned_forward_reads_no_value_back(make: Callable[..., BaseModel], kind: str) -> None:
+    model = make(kind)
+    batch = mixed_batch(model)
+    plan = model.plan(**batch)
+    assert not host_waits(lambda: model(**batch, plan=plan))
+    with torch.no_grad():
+        assert not host_waits(lambda: model(**batch, plan=plan))
+        cache = KVCache(model, 3, 40)
+        plan = model.plan(**batch, cache=cache)
+        assert not host_waits(lambda: model(**batch, cache=cache, plan=plan, last_only=True))
+        token = torch.tensor([[3], [4], [5]])
+        plan = model.plan(token, cache=cache)
+        assert not host_waits(lambda: model(token, cache=cache, plan=plan))
+
+
+class Reads(BaseMixin):
+    """Waits for positions."""
+
+    def before_forward(self, ctx: Any) -> None:
+        ctx.position_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "cogvlm", "cogvlm2", "cogagent"])
+def test_a_planned_forward_runs_where_tensors_have_no_values(make: Callable[..., BaseModel], kind: str) -> None:
+    def without_values(model: BaseModel) -> torch.Size:
+        batch = mixed_batch(model)
+        plan = model.plan(**batch)
+        for split in plan.routes._split.values():
+            split.runs = None  # only a CPU has them
+        file = io.BytesIO()
+        torch.save((model, batch, plan), file)
+        file.seek(0)
+        model, batch, plan = torch.load(file, map_location="meta", weights_only=False)
+        return model(**batch, plan=plan).shape
+
+    model = make(kind)
+    assert without_values(model) == (*mixed_batch(model)["input_ids"].shape, 61)
+    model.add_mixin("reads", Reads())
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        without_values(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "cogvlm", "cogagent"])
+def test_a_compiled_step_reads_no_value_back(make: Callable[..., BaseModel], kind: str) -> None:
+    model = make(kind)
+    batch, cache = mixed_batch(model), KVCache(model, 3, 40, static=True)
+    with torch.no_grad():
+        model(**batch, cache=cache, last_only=True)
+        steps = CompiledSteps(model, cache)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        token = torch.tensor([[3], [4], [5]])
+        compiled(token, cache=steps.cache, last_only=True)
+        assert not host_waits(lambda: compiled(token, cache=steps.cache, last_only=True))
+    torch._dynamo.reset()

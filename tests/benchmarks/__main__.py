@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import experts, language, loading, serving  # noqa: F401
+from . import experts, gpu, language, loading, serving  # noqa: F401
 from .harness import CASES, Options, run_case
 from .report import NOTES, machine, markdown
 
@@ -69,6 +69,7 @@ def summary_lines(name: str, found: dict[str, Any]) -> str:
             ratios = "  ".join(f"{ratio['median']:.3f} of {other}" for other, ratio in one["ratios"].items())
             lines.append(f"  {competitor:<28} {one['figures']['seconds']['median'] * 1e3:10.3f} ms  {ratios}")
         lines += [f"  no {competitor}: {reason}" for competitor, reason in group["skipped"].items()]
+    lines += [f"{name}: skipped - {found['skipped']}"] if "skipped" in found else []
     return "\n".join(lines)
 
 

@@ -128,11 +128,19 @@ def hand_written(dense: LLaMA, num_image: int) -> FloorLLaMA:
 def expert(options: Options) -> Iterator[Group]:
     """LLaMA, and the same with visual experts in every layer; 2 rows of 384 tokens, of which the 257 behind the first
     are image tokens (no tower). The split-GEMM floor is the dense model's time, less that of its routed matrix products
-    alone, plus that of the same products split into text rows and image rows with weights of their own. Outputs are
-    compared while experts are copies of the language weights; then these are changed. By hand: the floor with two
+    alone, plus that of the same products split into text rows and image rows with weights of their own. Once with
+    8 layers of hidden size 512, once with 4 layers of 1024. Outputs are compared while experts are copies of the language weights; then these are changed. By hand: the floor with two
     modules for contiguous halves of each row and `cat`, which only works where all image tokens come first. Text alone
     and a decoding step follow; there experts should cost nothing."""
-    dense = LLaMA(LLaMAConfig(**options.pick(FULL, QUICK)), generator=torch.Generator().manual_seed(0)).eval()
+    for width, num_layers in options.pick(((512, 8), (1024, 4)), ((32, 2),)):
+        sizes = {**options.pick(FULL, QUICK), "hidden_size": width, "num_layers": num_layers}
+        sizes["inner_hidden_size"] = options.pick(width * 43 // 16, sizes["inner_hidden_size"])
+        yield from expert_groups(options, LLaMAConfig(**sizes), first=width != 1024)
+
+
+def expert_groups(options: Options, config: LLaMAConfig, first: bool) -> Iterator[Group]:
+    """The groups of one width; text alone and decoding for the first only."""
+    dense = LLaMA(config, generator=torch.Generator().manual_seed(0)).eval()
     experts = with_experts(dense)
     num_rows, num_tokens, num_image = options.pick((2, 384, 257), (2, 12, 7))
     ids = random_ids(dense.config, num_rows, num_tokens)
@@ -140,9 +148,9 @@ def expert(options: Options) -> Iterator[Group]:
     types[:, 1 : 1 + num_image] = 1
     by_hand = hand_written(dense, num_image)
     with torch.no_grad():
-        first = torch.zeros_like(ids)
-        first[:, :num_image] = 1
-        require_equal(by_hand(ids), experts(ids, token_type_ids=first), 1e-4, "the hand-written experts")
+        in_front = torch.zeros_like(ids)
+        in_front[:, :num_image] = 1
+        require_equal(by_hand(ids), experts(ids, token_type_ids=in_front), 1e-4, "the hand-written experts")
 
     def runs(step: Callable[[Any, Callable[[], torch.Tensor]], Run], backward: bool) -> dict[str, Run]:
         total, image = num_rows * num_tokens, num_rows * num_image
@@ -177,9 +185,12 @@ def expert(options: Options) -> Iterator[Group]:
         for language, own in expert_parts(experts):
             copy_weights(language, own)
         yield Group(
-            f"{title}, {num_rows} x {num_tokens} tokens, {num_image} of them image", runs(step, step is train),
-            (DENSE, FLOOR), {FLOOR: split_floor}, rounds=15, prepare=lambda: jitter_experts(experts),
+            f"{title}, hidden size {config.hidden_size}, {num_rows} x {num_tokens} tokens, {num_image} of them image",
+            runs(step, step is train), (DENSE, FLOOR), {FLOOR: split_floor}, rounds=30 if step is forward else 15,
+            prepare=lambda: jitter_experts(experts),
         )
+    if not first:
+        return
     yield Group(
         "text alone", {DENSE: forward(dense, lambda: dense(ids)), EXPERTS: forward(experts, lambda: experts(ids))},
         (DENSE,), rounds=15,

@@ -129,6 +129,10 @@ def case(name: str, title: str, threads: int | None = None) -> Callable[[Any], A
     return register
 
 
+class Skipped(Exception):
+    """A case, or the rest of it, cannot run here; the message says why."""
+
+
 class Unequal(AssertionError):
     """Competitors do not compute the same thing."""
 
@@ -308,7 +312,7 @@ def run_group(group: Group, options: Options, progress: str | None = None) -> di
 
 
 def run_case(chosen: Case, options: Options, progress: bool = False) -> dict[str, Any]:
-    """Run the groups of one case, one after another.
+    """Run the groups of one case, one after another, until it says that the rest cannot run here.
 
     Raises:
         Unequal: the outputs of a group differ.
@@ -316,11 +320,14 @@ def run_case(chosen: Case, options: Options, progress: bool = False) -> dict[str
     threads = chosen.threads or options.threads
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    groups = []
-    for group in chosen.build(options):
-        label = f"{chosen.name}: {group.title}" if progress else None
-        groups.append(run_group(group, options, label))
-        del group
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-    return {"title": chosen.title, "about": chosen.about, "threads": threads, "groups": groups}
+    found: dict[str, Any] = {"title": chosen.title, "about": chosen.about, "threads": threads, "groups": []}
+    try:
+        for group in chosen.build(options):
+            label = f"{chosen.name}: {group.title}" if progress else None
+            found["groups"].append(run_group(group, options, label))
+            del group
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()
+    except Skipped as reason:
+        found["skipped"] = str(reason)
+    return found
