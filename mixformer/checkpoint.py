@@ -582,7 +582,8 @@ def _fill(
             except ValueError as error:
                 raise ValueError(f"{source.where}: {error}") from error
             bar.update(sum(each.nbytes for each in tensors))
-            _place(slots[rule.own], tensor, dtype if tensor.is_floating_point() else None, device)
+            wanted = dtype if tensor.is_floating_point() else None
+            _place(slots[rule.own], tensor, wanted, device, source.gives_own)
         for name, rule in table.items():
             if name not in used and name in slots:
                 assert rule.default is not None
@@ -595,9 +596,12 @@ def _fill(
     return absent, unused
 
 
-def _place(slots: list[Slot], tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str) -> None:
-    # a copy even where nothing is converted: what is read may be a view of the mapped file
-    tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+def _place(
+    slots: list[Slot], tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str, own: bool = False
+) -> None:
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    # Unless the tensor is all of a memory of its own, a copy even where nothing is converted.
+    tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=not (own and whole))
     placed: torch.Tensor | None = None
     for module, attribute, old in slots:
         if attribute in module._parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,11 +223,11 @@ def _own_gradient() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _take(x: torch.Tensor, split: Split) -> Sequence[torch.Tensor]:
-    """[tokens, h] -> the rows of each part."""
+def _take(x: torch.Tensor, split: Split) -> Iterable[torch.Tensor]:
+    """[tokens, h] -> the rows of each part, each moved when it is asked for unless gradients are wanted."""
     if _own_gradient():
         return _Take.apply(x, split)
-    return [split.take(x, part, copied=False) for part in range(len(split.places))]
+    return (split.take(x, part, copied=False) for part in range(len(split.places)))
 
 
 def _put(pieces: Sequence[Any], split: Split, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PRODUCER = {"format": "pt", "producer": "mixformer"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
 Shape = tuple[int, ...]
 
 
@@ -28,14 +32,16 @@ class TensorSource(Protocol):
         shapes: {name: shape}, in the order in which reading is cheapest.
         num_bytes: of all of them.
         where: the place, for messages.
+        gives_own: what `read` returns is memory of its own, neither a view of the file nor kept here.
     """
 
     shapes: dict[str, Shape]
     num_bytes: int
     where: str
+    gives_own: bool
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype; it may be a view of the file."""
+        """One tensor, on the CPU, in its stored dtype."""
         ...
 
     def close(self) -> None:
@@ -55,11 +61,14 @@ class SafetensorsFolder:
             tensor that is there twice.
     """
 
+    gives_own = True
+
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.where = str(folder)
         self.shapes: dict[str, Shape] = {}
         self.num_bytes = 0
         self._homes: dict[str, tuple[str, Any]] = {}
+        self._places: dict[str, tuple[BinaryIO, torch.dtype, int]] = {}
         index_path, single = folder / INDEX, folder / SINGLE
         if index_path.is_file():
             index = read_json(index_path)
@@ -82,7 +91,7 @@ class SafetensorsFolder:
             self._stack = stack.pop_all()
 
     def _open(self, path: Path, stack: ExitStack, digest: str | None) -> None:
-        check_safetensors(path)
+        header, start = check_safetensors(path)
         if digest is not None and sha256(path) != digest:
             raise ValueError(
                 f"{path} is damaged: its SHA-256 is not the one that {INDEX} recorded when it was written. Copy it "
@@ -90,6 +99,7 @@ class SafetensorsFolder:
             )
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            plain = stack.enter_context(path.open("rb", buffering=0))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}). Fetch or copy it again.") from error
         for name in file.keys():
@@ -101,6 +111,9 @@ class SafetensorsFolder:
             view = file.get_slice(name)
             self.shapes[name] = tuple(view.get_shape())
             self._homes[name] = (path.name, file)
+            entry = header[name]
+            if entry["dtype"] in _DTYPES:
+                self._places[name] = (plain, _DTYPES[entry["dtype"]], start + entry["data_offsets"][0])
         self.num_bytes += path.stat().st_size
 
     def _check_index(self, path: Path, weight_map: dict[str, str]) -> None:
@@ -118,13 +131,31 @@ class SafetensorsFolder:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype; it may be a view of the file."""
-        tensor: torch.Tensor = self._homes[name][1].get_tensor(name)
+        """One tensor, on the CPU, in its stored dtype.
+
+        It is read rather than mapped: pages of a mapped file count as the process's memory beside the copy.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        if name not in self._places:
+            tensor: torch.Tensor = self._homes[name][1].get_tensor(name)
+            return tensor.clone()
+        file, dtype, place = self._places[name]
+        tensor = torch.empty(self.shapes[name], dtype=dtype)
+        room = tensor.view(-1).view(torch.uint8).numpy().data
+        file.seek(place)
+        while room:
+            count = file.readinto(room)  # type: ignore[attr-defined]
+            if not count:
+                raise ValueError(f"{file.name} ended while '{name}' was read; it was changed meanwhile. Load it again.")
+            room = room[count:]
         return tensor
 
     def close(self) -> None:
         """Let go of the files."""
         self._homes.clear()
+        self._places.clear()
         self._stack.close()
 
 
@@ -138,8 +169,11 @@ def _other_weights(folder: Path) -> str:
     return " The weights are missing: fetch the folder again."
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
     """Check that a safetensors file is there, and that its size is the one its header promises.
+
+    Returns:
+        Its header, and where its tensors start, in bytes.
 
     Raises:
         ValueError: it is missing, a Git LFS pointer, truncated, or its header is damaged.
@@ -166,6 +200,7 @@ def check_safetensors(path: Path) -> None:
             f"{path} has {size} bytes, but its header promises {expected}: it is truncated or damaged. Fetch or copy "
             f"it again."
         )
+    return header, 8 + length
 
 
 def sha256(path: Path) -> str:

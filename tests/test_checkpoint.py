@@ -779,3 +779,30 @@ def test_full_size_tables_have_as_many_tensors_and_bytes_as_released(
     assert not state
     assert len(tensors) == num_tensors
     assert 2 * sum(tensor.numel() for tensor in tensors.values()) == num_bytes
+
+
+def test_tensors_of_every_kind_are_read_as_they_were_written_and_kept_apart_from_the_file(tmp_path: Path) -> None:
+    written = {
+        "wide": torch.randn(3, 4, dtype=torch.float64), "half": torch.randn(2, 5).bfloat16(),
+        "number": torch.tensor(3.5), "none": torch.zeros(0, 4), "flags": torch.tensor([True, False]),
+        "ids": torch.arange(5), "eighths": torch.randn(4).to(torch.float8_e4m3fn),
+    }
+    save_file(written, tmp_path / "model.safetensors")
+    source = SafetensorsFolder(tmp_path)
+    for name, expected in written.items():
+        for _ in range(2):  # what is read may be changed
+            found = source.read(name)
+            assert found.dtype == expected.dtype and found.shape == expected.shape
+            assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+            found.zero_()
+    source.close()
+
+
+def test_a_file_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    save_file({"weight": torch.randn(300, 4)}, tmp_path / "model.safetensors")
+    source = SafetensorsFolder(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(600)
+    with pytest.raises(ValueError, match="ended while 'weight' was read"):
+        source.read("weight")
+    source.close()

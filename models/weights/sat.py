@@ -93,6 +93,8 @@ class SATFolder:
         ValueError: a missing or damaged file, a pickle that holds more than data, ranks that do not fit each other.
     """
 
+    gives_own = False
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.where = str(folder)
         self._config = config

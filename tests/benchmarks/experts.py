@@ -129,9 +129,10 @@ def expert(options: Options) -> Iterator[Group]:
     """LLaMA, and the same with visual experts in every layer; 2 rows of 384 tokens, of which the 257 behind the first
     are image tokens (no tower). The split-GEMM floor is the dense model's time, less that of its routed matrix products
     alone, plus that of the same products split into text rows and image rows with weights of their own. Once with
-    8 layers of hidden size 512, once with 4 layers of 1024. Outputs are compared while experts are copies of the language weights; then these are changed. By hand: the floor with two
-    modules for contiguous halves of each row and `cat`, which only works where all image tokens come first. Text alone
-    and a decoding step follow; there experts should cost nothing."""
+    8 layers of hidden size 512, once with 4 layers of 1024. Outputs are compared while experts are
+    copies of the language weights; then these are changed. By hand: the floor with two modules for contiguous halves of
+    each row and `cat`, which only works where all image tokens come first. Text alone and a decoding step follow; there
+    experts should cost nothing."""
     for width, num_layers in options.pick(((512, 8), (1024, 4)), ((32, 2),)):
         sizes = {**options.pick(FULL, QUICK), "hidden_size": width, "num_layers": num_layers}
         sizes["inner_hidden_size"] = options.pick(width * 43 // 16, sizes["inner_hidden_size"])

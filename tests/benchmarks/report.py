@@ -26,9 +26,9 @@ compared: tokens must be equal, numbers within the tolerance given, gradients to
 which they differ is not timed. Then the competitors take turns, in an order that changes every round, so that each
 takes every place and follows each other one equally often. Times are medians, with quartiles in brackets. A ratio is
 the median of the ratios within each round, with its quartiles, so that slow changes of the machine cancel out; below
-1 is faster than the column's baseline. All but some `gpu_` cases is in fp32 and, except for training, under `torch.no_grad()`. Unless said
-otherwise the language model has hidden size 512, 8 layers, 8 heads, inner size 1376 and a vocabulary of 8000, with
-random weights.
+1 is faster than the column's baseline. Everything but some `gpu_` cases is in fp32 and, except for training, under
+`torch.no_grad()`. Unless said otherwise the language model has hidden size 512, 8 layers, 8 heads, inner size 1376 and
+a vocabulary of 8000, with random weights.
 
 - **floor**: a LLaMA written by hand as a yardstick, in [floor.py](../tests/benchmarks/floor.py): a fused projection
   for q, k and v, rotary tables made once, PyTorch's norm and attention, a preallocated cache, and no framework.
@@ -37,8 +37,8 @@ random weights.
 - **SAT**: SwissArmyTransformer's LLaMA with the same weights, where `sat` can be imported. Its rotary positions need
   Triton, so on a CPU a plain rotary stands in for them, and it computes the last token's logits only, as everyone
   here does.
-- Cases named `gpu_` run on a GPU, in bf16 except for `gpu_waits`; they wait for it after a few calls and show rates beside the time, as fractions
-  of what the same process measured for a plain copy or a square matrix product.
+- Cases named `gpu_` run on a GPU, in bf16 except for `gpu_waits`; they wait for it after a few calls and show rates
+  beside the time, as fractions of what the same process measured for a plain copy or a square matrix product.
 - *information* marks what does not do the same work, such as matrix products alone; *derived* marks what is added up
   within each round out of parts timed apart.
 """
