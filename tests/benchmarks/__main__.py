@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2); tiny always has one")
     parser.add_argument("--rounds", type=int, help="samples of each competitor, instead of each case's own number")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds: a smoke run, no measurement")
+    parser.add_argument("--profile", action="store_true", help="also say in which operators the time goes")
     given = parser.parse_args(arguments)
     unknown = [name for name in given.names if name not in CASES]
     if unknown:
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.from_json is not None:
         results = json.loads(given.from_json.read_text(encoding="utf-8"))
     else:
-        results = run(given.names or list(CASES), Options(given.threads, given.rounds, given.quick), given.json)
+        options = Options(given.threads, given.rounds, given.quick, given.profile)
+        results = run(given.names or list(CASES), options, given.json)
     page = markdown(results, NOTES.read_text(encoding="utf-8") if NOTES.exists() else "")
     if given.markdown is not None:
         given.markdown.write_text(page, encoding="utf-8")
@@ -69,6 +71,9 @@ def summary_lines(name: str, found: dict[str, Any]) -> str:
             ratios = "  ".join(f"{ratio['median']:.3f} of {other}" for other, ratio in one["ratios"].items())
             lines.append(f"  {competitor:<28} {one['figures']['seconds']['median'] * 1e3:10.3f} ms  {ratios}")
         lines += [f"  no {competitor}: {reason}" for competitor, reason in group["skipped"].items()]
+        for competitor, rows in group.get("profiles", {}).items():
+            lines.append(f"  {competitor}, operators:")
+            lines += [f"    {name:<44} {time:10.3f} ms  {count:5d} times" for name, time, count in rows]
     lines += [f"{name}: skipped - {found['skipped']}"] if "skipped" in found else []
     return "\n".join(lines)
 

@@ -33,11 +33,13 @@ class Options:
         threads: of torch, where a case does not set its own.
         rounds: for every group, instead of its own number.
         quick: tiny sizes and few rounds, to see that everything runs.
+        profile: also say in which operators each competitor's time goes.
     """
 
     threads: int = 2
     rounds: int | None = None
     quick: bool = False
+    profile: bool = False
 
     def pick(self, full: Any, quick: Any) -> Any:
         """`quick` in a quick run, `full` otherwise."""
@@ -308,7 +310,19 @@ def run_group(group: Group, options: Options, progress: str | None = None) -> di
         "competitors": summary(group, samples),
         "skipped": group.skipped,
         "facts": group.facts,
+        **({"profiles": {name: profiled(run) for name, run in group.runs.items()}} if options.profile else {}),
     }
+
+
+def profiled(run: Run, calls: int = 4, most: int = 8) -> list[tuple[str, float, int]]:
+    """(operator, its own milliseconds in a call, how often it runs in a call), the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(calls):
+            run.call()
+            if run.reset is not None:
+                run.reset()
+    found = sorted(profile.key_averages(), key=lambda one: -one.self_cpu_time_total)[:most]
+    return [(one.key, one.self_cpu_time_total / calls / 1e3, one.count // calls) for one in found]
 
 
 def run_case(chosen: Case, options: Options, progress: bool = False) -> dict[str, Any]:

@@ -19,7 +19,8 @@ NOTES = Path(__file__).with_name("notes.md")
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `python -m tests.benchmarks --json FILE --markdown docs/benchmarks.md`; not edited by hand.
+Made by `python -m tests.benchmarks --json FILE --markdown docs/benchmarks.md`; not edited by hand. `pip install -e
+".[bench]"` brings transformers to compare with; `--profile` also says in which operators the time goes.
 
 Every comparison runs in one process, unless said otherwise. Before any clock runs, the outputs of the competitors are
 compared: tokens must be equal, numbers within the tolerance given, gradients too where there are any. A group in
