@@ -16,8 +16,9 @@ _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "norm_cast": ("last", "first"),
     "norm_order": ("pre", "post", "sandwich", "res_post"),
-    "bias": ("all", "qkv", "except_qkv", "none"),
-    "activation": ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu"),
+    "bias": ("all", "qkv", "except_qkv", "attention", "mlp", "none"),
+    "activation": ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"),
+    "qk_norm_width": ("head", "all"),
     "positions": ("none", "learned"),
 }
 
@@ -29,7 +30,7 @@ class TransformerConfig:
     Attributes:
         vocab_size: rows of the word embedding; 0 for towers, which have none.
         hidden_size: h.
-        num_layers: layers that exist.
+        num_layers: layers that exist; 0 for convolutional networks, which only have mixins.
         num_layers_run: layers that run (CogAgent's EVA2-CLIP-L stores 24 and runs 23); None for all.
         num_heads: n.
         num_kv_heads: g, a divisor of n; None for n.
@@ -43,10 +44,11 @@ class TransformerConfig:
         norm_order: `pre`; `post`: LN(x + f(x)); `sandwich`: x + LN(f(LN(x))); `res_post`: x + LN(f(x)) (EVA2-CLIP-E).
         final_norm: a norm after the last layer.
         embedding_norm: a norm before the first layer.
-        bias: of Linears: `all`, `qkv` only, all `except_qkv`, or `none`.
+        bias: of Linears: `all`, `qkv` only, all `except_qkv`, `attention` (qkv and dense), `mlp`, or `none`.
         activation: of the MLP.
         gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
-        qk_norm: RMSNorm over each head of q and k.
+        qk_norm: RMSNorm over q and k.
+        qk_norm_width: it runs over each `head` alone, or over `all` heads together (InternViT).
         layer_scale: initial value of a learned scale on what each sublayer adds; None for no such scale.
         positions: `learned` table or `none` (rotary is a mixin).
         max_positions: rows of the learned table; also the longest sequence a release was made for.
@@ -77,6 +79,7 @@ class TransformerConfig:
     activation: str = "gelu"
     gated_mlp: bool = False
     qk_norm: bool = False
+    qk_norm_width: str = "head"
     layer_scale: float | None = None
     positions: str = "none"
     max_positions: int = 0
@@ -90,7 +93,7 @@ class TransformerConfig:
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{name}.{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}.")
-        for key in ("hidden_size", "num_layers", "num_heads", "inner_size", "kv_heads", "head_width"):
+        for key in ("hidden_size", "num_heads", "inner_size", "kv_heads", "head_width"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{name}.{key} is {getattr(self, key)}; it must be at least 1.")
         if self.head_size is None and self.hidden_size % self.num_heads:
@@ -100,7 +103,9 @@ class TransformerConfig:
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"{name}: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}.")
-        if not 0 < self.layers_run <= self.num_layers:
+        if self.num_layers < 0:
+            raise ValueError(f"{name}.num_layers is {self.num_layers}; it must be at least 0.")
+        if not min(1, self.num_layers) <= self.layers_run <= self.num_layers:
             raise ValueError(
                 f"{name}: num_layers_run {self.num_layers_run} is not within num_layers {self.num_layers}."
             )
@@ -134,14 +139,19 @@ class TransformerConfig:
 
 @dataclass
 class VisionTowerConfig(TransformerConfig):
-    """What every tower has.
+    """What every tower has. Towers that pool name further choices of `output` in `outputs`.
 
     Attributes:
         image_size: side of the pictures.
         patch_size: side of a patch.
         in_channels: colour channels.
+        cls_token: a learned token before the patches.
+        patch_bias: whether the patch convolution has a bias.
+        output: what comes out: `patches` [m, patches, h], or `tokens`, which has the cls token as well.
         stem_channels, stem_depth: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
     """
+
+    outputs: ClassVar[tuple[str, ...]] = ("patches", "tokens")
 
     causal: bool = False
     norm_eps: float = 1e-6
@@ -150,19 +160,35 @@ class VisionTowerConfig(TransformerConfig):
     image_size: int = 224
     patch_size: int = 14
     in_channels: int = 3
+    cls_token: bool = True
+    patch_bias: bool = True
+    output: str = "patches"
     stem_channels: list[int] = field(default_factory=list)
     stem_depth: int = 0
 
     def __post_init__(self) -> None:
+        if self.output not in self.outputs:
+            choices = ", ".join(self.outputs)
+            raise ValueError(f"{type(self).__name__}.output is {self.output!r}; choose one of {choices}.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch_size}.")
-        self.max_positions = self.grid**2 + 1
+        self.max_positions = self.grid**2 + self.cls_token
         super().__post_init__()
 
     @property
     def grid(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_features(self) -> int:
+        """N: features of one picture; 1 where they are pooled into one vector."""
+        return {"patches": self.grid**2, "tokens": self.max_positions}.get(self.output, 1)
+
+    @property
+    def feature_size(self) -> int:
+        """c: width of the features."""
+        return self.hidden_size
 
 
 @dataclass

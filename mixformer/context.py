@@ -27,13 +27,14 @@ class Context:
         position_ids: [b, s] ([1, s] where all rows are alike), or None until the plan is complete.
         known_positions: (ids, bound, counted) of position ids that were filled in: none of them reaches the bound, if
             one is known, and with counted each row goes on by one per slot. Void once `position_ids` is another tensor.
-        mask: a mask description during `plan`, lowered before the first layer.
+        mask: a mask description during `plan`, lowered before the first layer. Padding is no part of it.
+        valid: [b, t] bool, True on the real keys, or None when there is no padding.
         cache: the KVCache or None.
         inputs: the declared extra inputs that were given.
         routes: the token routes.
         selection: names of the routes that the code now running sees, None for all tokens.
         shared: what mixins hand to layers, keyed "{mixin name}.{what}" by convention.
-        losses: auxiliary losses, added up by the training loop.
+        losses, outputs: auxiliary losses for training; what mixins give beside the logits, such as pooled features.
         dynamic: the plan is for a compiled graph that must serve batches of every size: prefer one general way over
             a faster special case.
     """
@@ -53,6 +54,7 @@ class Context:
         self.known_positions: tuple[torch.Tensor, int | None, bool] | None = None
         self._position_steps: torch.Tensor | None = None
         self.mask: Mask | LoweredMask | None = None
+        self.valid = attention_mask
         self.cache = cache
         self.inputs: dict[str, Any] = inputs or {}
         self.declared = declared or {}
@@ -60,6 +62,7 @@ class Context:
         self.selection: tuple[str, ...] | None = None
         self.shared: dict[str, Any] = {}
         self.losses: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
         self.dynamic = False
 
     @property
@@ -116,6 +119,6 @@ class Context:
     def started(self, inputs: dict[str, Any]) -> Context:
         """A copy to run with: the planned integers are shared, what layers are given to read is its own."""
         ctx = Context(self.input_ids, self.attention_mask, self.position_ids, self.cache, inputs, self.declared)
-        ctx.mask, ctx.routes, ctx.shared = self.mask, self.routes, dict(self.shared)
+        ctx.mask, ctx.valid, ctx.routes, ctx.shared = self.mask, self.valid, self.routes, dict(self.shared)
         ctx.known_positions = self.known_positions
         return ctx

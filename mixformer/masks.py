@@ -64,6 +64,22 @@ class Padding(Mask):
         return self.valid[:, None, : key.shape[0]] | (key[None, :] == query[:, None])[None]
 
 
+def checked_padding(input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """[b, s] bool, True on real tokens, or None where all are.
+
+    Raises:
+        ValueError: a mask of another shape than the ids.
+    """
+    if input_ids is None or attention_mask.shape != input_ids.shape:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(
+            f"attention_mask marks padding and must have the shape of input_ids, {shape}; got "
+            f"{tuple(attention_mask.shape)}. Other masks: wrap 'attention_mask_forward'."
+        )
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask
+
+
 class Documents(Mask):
     """Tokens attend within their own document.
 

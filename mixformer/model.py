@@ -16,7 +16,8 @@ from mixformer.context import Context
 from mixformer.dynamic import mark_dynamic
 from mixformer.hooks import did_you_mean
 from mixformer.host import MixinHost
-from mixformer.masks import Causal, Full, Padding, lower
+from mixformer.masks import Causal, Full, Padding, checked_padding, lower
+from mixformer.objectives import Objective, Trained
 
 _OWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache")
 
@@ -28,18 +29,20 @@ class Output:
     Attributes:
         logits: [b, s, v] ([b, 1, v] with `last_only`; the features of a tower).
         hidden: {layer index: [b, s, h] after that layer} for the layers asked for; also "embeddings" and "final".
-        losses: auxiliary losses of mixins.
+        losses, outputs: auxiliary losses of mixins, and what they give beside the logits.
     """
 
     logits: torch.Tensor
     hidden: dict[int | str, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class BaseModel(MixinHost):
     """A transformer whose behaviour is its backbone's plus its mixins'.
 
-    Subclasses name their config class in `Config` and add their mixins in `compose`.
+    Subclasses name their config class in `Config`, what they are trained for in `objective`, what is trained when in
+    `stages`, and add their mixins in `compose`.
 
     Args:
         config: sizes and options.
@@ -50,6 +53,8 @@ class BaseModel(MixinHost):
     """
 
     Config: ClassVar[type[TransformerConfig]] = TransformerConfig
+    objective: ClassVar[Objective | None] = None
+    stages: ClassVar[dict[str, Trained]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,34 +103,21 @@ class BaseModel(MixinHost):
                 declared = ", ".join(self.declared) or "none"
                 raise TypeError(f"{type(self).__name__} has no input '{name}'.{near} Its mixins declare: {declared}.")
         if attention_mask is not None:
-            attention_mask = self._checked_mask(input_ids, attention_mask)
+            attention_mask = checked_padding(input_ids, attention_mask)
         ctx = Context(input_ids, attention_mask, position_ids, cache, given, self.declared)
         ctx.dynamic = dynamic
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [b, s]; got shape {tuple(input_ids.shape)}.")
         ctx.mask = Causal() if self.config.causal else Full()
-        valid = attention_mask
         if cache is not None and input_ids is not None:
             cache.reserve(*input_ids.shape)
-            valid = cache.mark(attention_mask, input_ids.shape[1])
-        if valid is not None:
-            ctx.mask = ctx.mask & Padding(valid)
+            ctx.valid = cache.mark(attention_mask, input_ids.shape[1])
         for mixin in self.mixins.values():
             mixin.plan(ctx)
         ctx.fill_positions()
         if dynamic:
             mark_dynamic(ctx)
         return ctx
-
-    def _checked_mask(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        if input_ids is None or attention_mask.shape != input_ids.shape:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(
-                f"attention_mask marks padding and must have the shape of input_ids, {shape}; got "
-                f"{tuple(attention_mask.shape)}. Other masks: wrap 'attention_mask_forward'."
-            )
-        mask = attention_mask.bool()
-        return None if bool(mask.all()) else mask
 
     def run(
         self,
@@ -175,6 +167,7 @@ class BaseModel(MixinHost):
             hidden_states = hidden_states + positions
         hidden_states = hooks.embedding_norm_forward(hidden_states, ctx)
         mask, cache = hooks.attention_mask_forward(ctx.mask, ctx), ctx.cache
+        mask = mask & Padding(ctx.valid) if ctx.valid is not None else mask
         num_keys, offset = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
         ctx.mask = lower(mask, num_tokens, num_keys, offset, hidden_states.device)
         hidden: dict[int | str, torch.Tensor] = {"embeddings": hidden_states}
@@ -196,7 +189,7 @@ class BaseModel(MixinHost):
             known = ctx.known_positions
             counted = known is not None and known[2] and known[0] is ctx.position_ids
             cache.advance(num_tokens, None if counted else ctx.position_ids)
-        return Output(logits, {key: hidden[key] for key in hidden_layers}, ctx.losses)
+        return Output(logits, {key: hidden[key] for key in hidden_layers}, ctx.losses, ctx.outputs)
 
     def forward(
         self,
@@ -218,7 +211,7 @@ class BaseModel(MixinHost):
 def _run_apart(layer: nn.Module, hidden_states: torch.Tensor, ctx: Context) -> torch.Tensor:
     """A layer with a context of its own: compiled checkpoints may not change what lies outside of them."""
     own = ctx.started(ctx.inputs)
-    own.losses = ctx.losses
+    own.losses, own.outputs = ctx.losses, ctx.outputs
     return layer(hidden_states, own)
 
 

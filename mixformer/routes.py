@@ -284,3 +284,36 @@ def items_by_row(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     places[rows, rank] = torch.arange(len(rows), device=rows.device)
     return places
+
+
+def marked_spans(types: torch.Tensor, size: int, what: str) -> torch.Tensor:
+    """Slots of the images of a batch.
+
+    Args:
+        types: [b, s], not 0 on image tokens.
+        size: tokens of an image.
+        what: names them in errors.
+
+    Returns:
+        [m, size] slots in the flattened batch.
+
+    Raises:
+        ValueError: a span of another size, or with a gap.
+    """
+    length, counts = types.shape[1], (types != 0).sum(1)
+    wrong = (counts % size).nonzero().flatten()
+    if wrong.numel():
+        row = int(wrong[0])
+        raise ValueError(
+            f"Row {row} marks {int(counts[row])} image tokens in token_type_ids; each image takes {size} ({what}), so "
+            f"the count must be a multiple of {size}. A span may not be cut."
+        )
+    spans = (types.flatten() != 0).nonzero().view(-1, size)
+    broken = (spans[:, -1] - spans[:, 0] != size - 1).nonzero().flatten()
+    if broken.numel():
+        first = int(spans[int(broken[0]), 0])
+        raise ValueError(
+            f"Row {first // length}: the image span that starts at slot {first % length} is not {size} tokens in "
+            f"one piece. Mark {what} without a gap."
+        )
+    return spans

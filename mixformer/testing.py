@@ -23,14 +23,14 @@ from mixformer.config import TransformerConfig
 from mixformer.mixin import BaseMixin
 from mixformer.mixins import (
     CrossAttentionMixin,
-    ImageMixin,
+    ImageTokensMixin,
     VisionExpertAttentionMixin,
     VisionExpertFCMixin,
 )
 from mixformer.model import BaseModel
 
 Row = dict[str, Any]
-_VISION = (ImageMixin, CrossAttentionMixin, VisionExpertAttentionMixin, VisionExpertFCMixin)
+_VISION = (ImageTokensMixin, CrossAttentionMixin, VisionExpertAttentionMixin, VisionExpertFCMixin)
 _TAIL = 4  # text tokens after the last image of every row
 
 
@@ -190,12 +190,12 @@ def sample_row(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    image, cross = _of_type(model, ImageMixin), _of_type(model, CrossAttentionMixin)
+    image, cross = _of_type(model, ImageTokensMixin), _of_type(model, CrossAttentionMixin)
     types: list[int] = [0]
     if image is not None:
         for index in range(num_images):
             types.extend([0] * bool(gap and index))
-            types.extend([1] * (image.num_features + 2))
+            types.extend([1] * (image.num_features + 2 * image.marks))
     num_gaps = max(num_images - 1, 0) if gap and image is not None else 0
     types += [0] * (num_tokens - 1 - num_gaps)
     ids = torch.randint(model.config.vocab_size, (1, len(types)), generator=generator)
@@ -571,7 +571,7 @@ class _Check:
     def check_mixed(self) -> None:
         label = "a batch of rows with no, one and several images equals its rows"
         rows = self.rows(self.model, (0, 1, 2))
-        if not self.is_tower and _of_type(self.model, ImageMixin) is not None:
+        if not self.is_tower and _of_type(self.model, ImageTokensMixin) is not None:
             size = rows[1]["input_ids"].shape[1] - rows[0]["input_ids"].shape[1]
             rows = self.rows(self.model, (0, 1, 2, 0), (8 + 2 * size, 8 + size, 8, 8 + 2 * size))
         batch = self.together(rows)
@@ -580,7 +580,7 @@ class _Check:
 
     def check_adjacent(self) -> None:
         label = "two adjacent images equal the same two apart, in their own order"
-        if self.is_tower or _of_type(self.model, ImageMixin) is None:
+        if self.is_tower or _of_type(self.model, ImageTokensMixin) is None:
             self.skip(label, "the model takes no images in its sequence")
             return
         if self.model.config.positions == "learned":

@@ -36,16 +36,17 @@ class Attention(nn.Module):
         super().__init__()
         widths = qkv_parts(config)
         size, std = config.hidden_size, config.init_std
-        self.qkv = Linear(size, sum(widths.values()), config.bias in ("all", "qkv"), widths, std)
-        self.dense = Linear(widths["q"], size, config.bias in ("all", "except_qkv"), init_std=residual_std(config))
-        head_norm = (config.head_width, config.norm_eps, config.norm_cast)
-        self.q_norm = RMSNorm(*head_norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(*head_norm) if config.qk_norm else None
+        self.qkv = Linear(size, sum(widths.values()), config.bias in ("all", "qkv", "attention"), widths, std)
+        has_bias = config.bias in ("all", "except_qkv", "attention")
+        self.dense = Linear(widths["q"], size, has_bias, init_std=residual_std(config))
+        normed = widths if config.qk_norm_width == "all" else dict.fromkeys("qk", config.head_width)
+        self.q_norm = RMSNorm(normed["q"], config.norm_eps, config.norm_cast) if config.qk_norm else None
+        self.k_norm = RMSNorm(normed["k"], config.norm_eps, config.norm_cast) if config.qk_norm else None
 
 
 def make_mlp(config: TransformerConfig) -> MLP:
     """The MLP that the backbone has under this config; experts and connectors make theirs alike."""
-    has_bias = config.bias in ("all", "except_qkv")
+    has_bias = config.bias in ("all", "except_qkv", "mlp")
     sizes = (config.hidden_size, config.inner_size)
     return MLP(*sizes, config.gated_mlp, has_bias, config.activation, config.init_std, residual_std(config))
 
@@ -161,12 +162,13 @@ def attention_forward(hidden_states: torch.Tensor, layer: Layer, ctx: Context) -
     """The attention hooks in turn; keys are cached after `position_fn`, below every `attention_fn`."""
     hooks, attention = layer.hooks, layer.attention
     q, k, v = hooks.qkv_forward(hidden_states, layer, ctx)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q = attention.q_norm(q.unflatten(-1, (-1, *attention.q_norm.shape)), ctx).flatten(-2)
+        k = attention.k_norm(k.unflatten(-1, (-1, *attention.k_norm.shape)), ctx).flatten(-2)
     size, (num_rows, num_tokens) = layer.config.head_width, hidden_states.shape[:2]
     q = q.view(num_rows, num_tokens, -1, size).transpose(1, 2)
     k = k.view(num_rows, num_tokens, -1, size).transpose(1, 2)
     v = v.view(num_rows, num_tokens, -1, size).transpose(1, 2)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q, ctx), attention.k_norm(k, ctx)
     q, k = hooks.position_fn(q, k, layer, ctx)
     if ctx.cache is not None:
         k, v = ctx.cache.update(layer.index, k, v)

@@ -344,7 +344,7 @@ def test_deepcopy_and_pickle_give_the_same_model(make: Make, kind: str) -> None:
             "hidden_size 18 does not divide into 4 heads. Change num_heads, or set head_size",
         ),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
-        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"num_layers": -1}, "num_layers is -1; it must be at least 0"),
         ({"num_layers_run": 3}, "num_layers_run 3 is not within num_layers 2"),
         ({"positions": "learned"}, "positions 'learned' needs max_positions"),
     ],

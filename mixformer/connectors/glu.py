@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mixformer.connectors.connector import ConnectorConfig, convolve, grid_side, to_grid
 from mixformer.sites import MLP, LayerNorm, Linear
 
 
 @dataclass
-class GLUAdapterConfig:
+class GLUAdapterConfig(ConnectorConfig):
     """Options of `GLUAdapter`.
 
     Attributes:
@@ -25,23 +26,17 @@ class GLUAdapterConfig:
     downsample: int = 1
     position_table: bool = False
 
-    def num_tokens(self, num_patches: int) -> int:
+    def num_tokens(self, num_features: int) -> int:
         """Tokens that come out for a square grid of patches.
 
         Raises:
             ValueError: the grid does not divide.
         """
-        grid = round(num_patches**0.5)
-        if grid * grid != num_patches or grid % self.downsample:
-            raise ValueError(
-                f"{num_patches} patches are no square grid that downsample={self.downsample} divides. "
-                f"Change image_size or patch_size of the tower."
-            )
-        return (grid // self.downsample) ** 2
+        return (grid_side(num_features, self.downsample, "downsample") // self.downsample) ** 2
 
-    def build(self, in_size: int, out_size: int, inner_size: int, num_patches: int) -> GLUAdapter:
+    def build(self, in_size: int, out_size: int, inner_size: int, num_features: int) -> GLUAdapter:
         """The adapter from a tower of width `in_size` to a language model of `out_size` and `inner_size`."""
-        return GLUAdapter(self, in_size, out_size, self.inner_hidden_size or inner_size, num_patches)
+        return GLUAdapter(self, in_size, out_size, self.inner_hidden_size or inner_size, num_features)
 
 
 class GLUAdapter(nn.Module):
@@ -66,7 +61,5 @@ class GLUAdapter(nn.Module):
         if self.position_embedding is not None:
             features = features + self.position_embedding
         if self.conv is not None:
-            grid = round(features.shape[1] ** 0.5)
-            square = features.transpose(1, 2).unflatten(2, (grid, grid))
-            features = self.conv(square).flatten(2).transpose(1, 2)
+            features = convolve(self.conv, to_grid(features)).flatten(1, 2)
         return self.mlp(F.gelu(self.norm(self.linear(features))))

@@ -2,10 +2,11 @@
 
 from mixformer.mixins.cross_attention import CrossAttentionMixin
 from mixformer.mixins.gated_mlp import GatedMLPMixin
-from mixformer.mixins.image import ImageMixin
+from mixformer.mixins.image import ImageMixin, ImageTokensMixin
 from mixformer.mixins.lm_head import LMHeadMixin
 from mixformer.mixins.lora import LoRAMixin
 from mixformer.mixins.patch_embedding import PatchEmbeddingMixin
+from mixformer.mixins.prefix_mask import PrefixMaskMixin
 from mixformer.mixins.prefix_tuning import PrefixTuningMixin
 from mixformer.mixins.qv_bias import QVBiasMixin
 from mixformer.mixins.rotary import RotaryMixin
@@ -15,7 +16,20 @@ from mixformer.mixins.sub_norm import SubNormMixin
 from mixformer.mixins.vision_expert import VisionExpertAttentionMixin, VisionExpertFCMixin
 
 __all__ = [
-    "CrossAttentionMixin", "GatedMLPMixin", "ImageMixin", "LMHeadMixin", "LoRAMixin", "PatchEmbeddingMixin",
-    "PrefixTuningMixin", "QVBiasMixin", "Rotary2DMixin", "RotaryMixin", "StoredHeadMixin", "SubNormMixin",
-    "VisionExpertAttentionMixin", "VisionExpertFCMixin",
+    "CrossAttentionMixin",
+    "GatedMLPMixin",
+    "ImageMixin",
+    "ImageTokensMixin",
+    "LMHeadMixin",
+    "LoRAMixin",
+    "PatchEmbeddingMixin",
+    "PrefixMaskMixin",
+    "PrefixTuningMixin",
+    "QVBiasMixin",
+    "Rotary2DMixin",
+    "RotaryMixin",
+    "StoredHeadMixin",
+    "SubNormMixin",
+    "VisionExpertAttentionMixin",
+    "VisionExpertFCMixin",
 ]

@@ -1,4 +1,4 @@
-"""ImageMixin: picture features in the places that token_type_ids mark (arXiv:2311.03079, section 2.1)."""
+"""Picture features in the places of placeholder tokens (arXiv:2311.03079, section 2.1; arXiv:2304.08485)."""
 
 from __future__ import annotations
 
@@ -8,108 +8,132 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from mixformer.config import TransformerConfig
+from mixformer.config import VisionTowerConfig
+from mixformer.connectors.connector import ConnectorConfig
 from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.context import Context
 from mixformer.hooks import wrap
 from mixformer.mixin import BaseMixin
+from mixformer.routes import marked_spans
 from mixformer.sites import normal
 
+_POSITIONS = ("shared", "counted", "none")
 
-class ImageMixin(BaseMixin):
-    """Encode pictures with a tower, project them, and put boi + features + eoi where `token_type_ids` is 1.
 
-    A span is N + 2 tokens: boi, N features, eoi. All features share one position id. boi and the features are routed
-    as `image`; eoi counts as text. Adjacent spans stay two, since spans are cut every N + 2 tokens.
+class ImageTokensMixin(BaseMixin):
+    """Encode pictures with a tower, project them, and know their places in the sequence; subclasses write them there.
+
+    Places are the tokens where `token_type_ids` is 1 or, without those, the ones that are `image_token_id`. They are
+    routed as `image` (a learned eoi counts as text). A span has a fixed size, so adjacent spans stay two.
 
     Args:
-        tower: config of the vision tower, a model that turns `images` into features [m, patches, c].
+        tower: config of the vision tower, a model that turns `images` into features; None if `images` are features
+            [m, N, c] already.
         adapter: config of the projector.
+        marks: learned boi and eoi tokens around the features of each picture.
+        position_ids: the features of a picture have one position id (`shared`), one each (`counted`), or text is
+            counted as if there were no pictures (`none`).
+        image_token_id: the placeholder's token id, for inputs without `token_type_ids`.
+        feature_size: c, where there is no tower.
     """
 
-    inputs = ("token_type_ids", "images")
+    inputs: tuple[str, ...] = ("token_type_ids", "images")
 
-    def __init__(self, tower: TransformerConfig, adapter: GLUAdapterConfig | None = None) -> None:
+    def __init__(
+        self, tower: VisionTowerConfig | None, adapter: ConnectorConfig | None = None, marks: bool = True,
+        position_ids: str = "shared", image_token_id: int | None = None, feature_size: int | None = None,
+    ) -> None:
         super().__init__()
+        if position_ids not in _POSITIONS:
+            raise ValueError(f"position_ids of pictures are one of {', '.join(_POSITIONS)}, not {position_ids!r}.")
+        if (tower is None) == (feature_size is None):
+            raise ValueError("Pictures need a tower, or else feature_size, the width of ready features. Give one.")
         self.tower_config, self.adapter_config = tower, adapter or GLUAdapterConfig()
-        self.num_features = self.adapter_config.num_tokens(tower.max_positions - 1)
+        self.marks, self.position_ids, self.image_token_id = marks, position_ids, image_token_id
+        self.feature_size: int = tower.feature_size if tower is not None else feature_size or 0
+        self.num_features = 0 if tower is None else self.adapter_config.num_tokens(tower.num_features)
+        self.tower: Any = None
 
     def build(self, model: Any) -> None:
         config, tower = model.config, self.tower_config
-        self.tower = tower.build()
-        self.projector = self.adapter_config.build(
-            tower.hidden_size, config.hidden_size, config.inner_size, tower.max_positions - 1
-        )
-        self.boi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
-        self.eoi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
+        if tower is not None:
+            self.tower = tower.build()
+            self.inputs = tuple(dict.fromkeys((*type(self).inputs, *self.tower.declared)))
+        sizes = self.feature_size, config.hidden_size, config.inner_size
+        self.projector = self.adapter_config.build(*sizes, 0 if tower is None else tower.num_features)
+        if self.marks:
+            self.boi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
+            self.eoi = nn.Parameter(normal(config.hidden_size, std=config.init_std))
 
     def plan(self, ctx: Context) -> None:
         types, images = ctx.inputs.get("token_type_ids"), ctx.inputs.get("images")
-        num_images = 0 if images is None else images.shape[0]
-        places = None if types is None else (types.flatten() != 0).nonzero().flatten()
-        if places is None or places.numel() == 0:
+        if types is None and images is not None and self.image_token_id is not None and ctx.input_ids is not None:
+            types = ctx.input_ids == self.image_token_id
+        num_images, num_features = 0 if images is None else images.shape[0], self.num_features
+        if images is not None and self.tower is None:
+            num_features = self.adapter_config.num_tokens(images.shape[1])
+        size = num_features + 2 * self.marks
+        what = f"boi, {num_features} features, eoi" if self.marks else f"{num_features} features"
+        if types is None or not bool((types != 0).any()):
             if num_images:
                 raise ValueError(
                     f"{num_images} image(s) were given, but token_type_ids mark no place for them. Put 1 on the "
-                    f"{self.num_features + 2} tokens of each image (boi, {self.num_features} features, eoi)."
+                    f"{size} tokens of each image ({what})."
                 )
             return
-        assert types is not None and ctx.input_ids is not None
+        assert ctx.input_ids is not None
         if types.shape != ctx.input_ids.shape:
             raise ValueError(
                 f"token_type_ids {tuple(types.shape)} must have the shape of input_ids {tuple(ctx.input_ids.shape)}."
             )
-        spans = self._spans(types, places)
         images = ctx.require("images")
+        spans = marked_spans(types, size, what)
         if num_images != len(spans):
             raise ValueError(
-                f"token_type_ids have room for {len(spans)} image(s) ({self.num_features + 2} tokens each), but "
-                f"{num_images} were given. Images follow the order of their places, row by row."
+                f"token_type_ids have room for {len(spans)} image(s) ({size} tokens each), but {num_images} were "
+                f"given. Images follow the order of their places, row by row."
             )
-        if ctx.position_steps is not None:
-            steps = ctx.position_steps.flatten().scatter(0, spans[:, 2:-1].flatten(), 0)
-            ctx.position_steps = steps.view_as(types)
-        ctx.routes.add("image", spans[:, :-1].flatten(), types.numel())
+        if self.position_ids != "counted" and ctx.position_steps is not None:
+            still = spans if self.position_ids == "none" else spans[:, 2:-1] if self.marks else spans[:, 1:]
+            ctx.position_steps = ctx.position_steps.flatten().scatter(0, still.flatten(), 0).view_as(types)
+        ctx.routes.add("image", (spans[:, :-1] if self.marks else spans).flatten(), types.numel())
         ctx.shared["image_rows"] = spans[:, 0] // types.shape[1]
+        ctx.shared["image_ends"] = spans[:, -1] % types.shape[1]
         ctx.shared[f"{self.name}.places"] = spans.flatten()
-
-    def _spans(self, types: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        size, length = self.num_features + 2, types.shape[1]
-        counts = (types != 0).sum(1)
-        wrong = (counts % size).nonzero().flatten()
-        if wrong.numel():
-            row = int(wrong[0])
-            raise ValueError(
-                f"Row {row} marks {int(counts[row])} image tokens in token_type_ids; each image takes {size} (boi, "
-                f"{self.num_features} features, eoi), so the count must be a multiple of {size}. A span may not be cut."
-            )
-        spans = places.view(-1, size)
-        broken = (spans[:, -1] - spans[:, 0] != size - 1).nonzero().flatten()
-        if broken.numel():
-            first = int(spans[int(broken[0]), 0])
-            raise ValueError(
-                f"Row {first // length}: the image span that starts at slot {first % length} is not {size} tokens in "
-                f"one piece. Mark boi, {self.num_features} features and eoi without a gap."
-            )
-        return spans
 
     def before_forward(self, ctx: Context) -> None:
         if f"{self.name}.places" in ctx.shared:
-            ctx.shared[f"{self.name}.features"] = self.encode(ctx.require("images"))
+            given = {name: ctx.inputs[name] for name in self.inputs[2:] if name in ctx.inputs}
+            ctx.shared[f"{self.name}.features"] = self.encode(ctx.require("images"), **given)
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[m, 3, y, x] -> [m, N + 2, h]: boi, projected features, eoi."""
-        features = self.projector(self.tower(images=images.to(self.boi.dtype)))
+    def encode(self, images: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """[m, 3, y, x] (or features [m, N, c]) -> [m, K, h], boi and eoi included; inputs as the tower's."""
+        features, options = images.to(next(self.projector.parameters()).dtype), {}
+        if self.tower is not None:
+            out = self.tower.run(images=features, **inputs)
+            features = out.logits if out.logits.dim() == 3 else out.logits[:, None]
+            if self.adapter_config.takes_mask and "valid" in out.outputs:
+                options = {"mask": out.outputs["valid"]}
+        features = self.projector(features, **options)
+        if not self.marks:
+            return features
         boi, eoi = (token.expand(len(features), 1, -1) for token in (self.boi, self.eoi))
         return torch.cat([boi, features, eoi], dim=1)
 
-    @wrap
-    def word_embedding_forward(
-        self, input_ids: torch.Tensor, ctx: Context, old_impl: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        embeddings = old_impl(input_ids)
+    def write(self, embeddings: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """The embeddings [b, s, h] with the features in their places."""
         features = ctx.shared.get(f"{self.name}.features")
         if features is None:
             return embeddings
         flat, places = embeddings.flatten(0, 1), ctx.shared[f"{self.name}.places"]
         return flat.index_copy(0, places, features.flatten(0, 1).to(flat.dtype)).view_as(embeddings)
+
+
+class ImageMixin(ImageTokensMixin):
+    """Put the features in the place of word embeddings; options as of `ImageTokensMixin`."""
+
+    @wrap
+    def word_embedding_forward(
+        self, input_ids: torch.Tensor, ctx: Context, old_impl: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        return self.write(old_impl(input_ids), ctx)

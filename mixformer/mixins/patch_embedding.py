@@ -40,7 +40,7 @@ class StemStage(nn.Module):
 
 
 class PatchEmbeddingMixin(BaseMixin):
-    """Cut pictures into patches, put a cls token before them, and drop it again at the end.
+    """Cut pictures into patches and put a cls token before them.
 
     Args:
         image_size: pictures are image_size x image_size.
@@ -50,6 +50,9 @@ class PatchEmbeddingMixin(BaseMixin):
             convolution; each stage halves what is left of the patch for the last one.
         stem_depth: residual convolutions in each stage but the first. What the second stage gives is at
             `ctx.shared["{name}.stem"]` for mixins that look at it.
+        cls: whether there is a cls token.
+        bias: whether the patch convolution has one.
+        drop_cls: leave the cls token out of what comes out.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -60,7 +63,7 @@ class PatchEmbeddingMixin(BaseMixin):
 
     def __init__(
         self, image_size: int, patch_size: int, in_channels: int = 3, stem_channels: list[int] | None = None,
-        stem_depth: int = 0,
+        stem_depth: int = 0, cls: bool = True, bias: bool = True, drop_cls: bool = True,
     ) -> None:
         super().__init__()
         self.stem_channels = list(stem_channels or [])
@@ -69,7 +72,7 @@ class PatchEmbeddingMixin(BaseMixin):
         if patch_size % 2 ** len(self.stem_channels):
             raise ValueError(f"patch_size {patch_size} cannot be halved {len(self.stem_channels)} times by the stem.")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.stem_depth = stem_depth
+        self.stem_depth, self.has_cls, self.bias, self.drop_cls = stem_depth, cls, bias, drop_cls and cls
 
     def build(self, model: Any) -> None:
         size = model.config.hidden_size
@@ -77,8 +80,8 @@ class PatchEmbeddingMixin(BaseMixin):
         stem = [StemStage(a, b, self.stem_depth if i else 0) for i, (a, b) in enumerate(pairwise(widths))]
         self.stem = nn.ModuleList(stem)
         side = self.patch_size // 2 ** len(stem)
-        self.conv = nn.Conv2d(widths[-1], size, side, side)
-        self.cls = nn.Parameter(normal(size, std=model.config.init_std))
+        self.conv = nn.Conv2d(widths[-1], size, side, side, bias=self.bias)
+        self.cls = nn.Parameter(normal(size, std=model.config.init_std)) if self.has_cls else None
 
     def plan(self, ctx: Context) -> None:
         images = ctx.require("images")
@@ -98,8 +101,8 @@ class PatchEmbeddingMixin(BaseMixin):
             if index == 1:
                 ctx.shared[f"{self.name}.stem"] = x
         patches = self.conv(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls.expand(len(patches), 1, -1), patches], dim=1)
+        return patches if self.cls is None else torch.cat([self.cls.expand(len(patches), 1, -1), patches], dim=1)
 
     @replace
     def final_forward(self, hidden_states: torch.Tensor, ctx: Context) -> torch.Tensor:
-        return hidden_states[:, 1:]
+        return hidden_states[:, 1:] if self.drop_cls else hidden_states

@@ -184,8 +184,10 @@ def atomic_save(state: Any, path: str | Path) -> None:
 
 
 def model_losses(model: Any, batch: dict[str, Any]) -> Losses:
-    """Run the model on a batch and return the auxiliary losses that its mixins made."""
-    return model.run(**batch).losses
+    """Losses by the objective of the model's class; without one, the auxiliary losses that its mixins made."""
+    objective = getattr(type(model), "objective", None)
+    losses: Losses = model.run(**batch).losses if objective is None else objective(model, batch)
+    return losses
 
 
 def train(

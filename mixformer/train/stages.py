@@ -28,7 +28,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define batches().")
 
     def loss(self, model: Any, batch: Any) -> Losses:
-        """Named losses of a batch; by default the auxiliary losses of `model.run(**batch)`."""
+        """Named losses of a batch; by default those of the objective of the model's class."""
         return model_losses(model, batch)
 
     def finish(self, model: Any) -> None:
@@ -55,11 +55,36 @@ class Stage:
         name: for the log.
         task: what it learns from.
         loop: the loop's options.
+        trains: name of an entry of `stages` of the model's class, which says what is trainable and what is frozen;
+            None where `loop` says it.
     """
 
     name: str
     task: Task
     loop: TrainConfig = field(default_factory=TrainConfig)
+    trains: str | None = None
+
+    def options(self, model: Any) -> TrainConfig:
+        """The loop's options, with the parameters that `trains` names.
+
+        Raises:
+            ValueError: the class has no such stage, or `loop` says what is trained as well.
+        """
+        if self.trains is None:
+            return self.loop
+        known = getattr(type(model), "stages", None) or {}
+        if self.trains not in known:
+            names = f"it has {', '.join(known)}" if known else "it has none; say it in loop.trainable and loop.frozen"
+            raise ValueError(
+                f"Stage '{self.name}' trains '{self.trains}', which is no stage of {type(model).__name__}: {names}."
+            )
+        default = TrainConfig()
+        if (self.loop.trainable, self.loop.frozen) != (default.trainable, default.frozen):
+            raise ValueError(
+                f"Stage '{self.name}' says what it trains twice, in trains: {self.trains} and in loop.trainable or "
+                f"loop.frozen: keep one."
+            )
+        return replace(self.loop, trainable=list(known[self.trains].trainable), frozen=list(known[self.trains].frozen))
 
 
 @dataclass
@@ -114,7 +139,8 @@ def run_stages(
         what `train` returned, by stage that ran.
 
     Raises:
-        ValueError: no stages, two stages of one name, and what `train` raises.
+        ValueError: no stages, two stages of one name, a stage that the model's class does not have, and what `train`
+            raises.
     """
     names = [stage.name for stage in stages]
     if not stages or len(set(names)) < len(names):
@@ -126,8 +152,8 @@ def run_stages(
         if kept:
             first = kept[-1] + 1
             model.load_state_dict(torch.load(folder / f"{names[kept[-1]]}.pt", weights_only=True))
-    for stage in stages[first:]:
-        loop = stage.loop
+    loops = [stage.options(model) for stage in stages]
+    for stage, loop in list(zip(stages, loops, strict=True))[first:]:
         if folder is not None and loop.log_path is None:
             loop = replace(loop, log_path=str(folder / f"{stage.name}.jsonl"))
         stage.task.prepare(model, processor)

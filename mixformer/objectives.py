@@ -1,0 +1,205 @@
+"""Objectives: what a model class is trained to do, and which parameters its paper trains in which stage.
+
+A model class names its objective and its stages, and `python -m models.<name> --job train` uses them:
+
+    class LLaVA(LLaMA):
+        objective = LanguageObjective()
+        stages = {"align": Trained(["mixins.image.projector.*"]), "tune": Trained(["*"], ["mixins.image.tower.*"])}
+
+An objective runs the model on a batch and returns named losses, the auxiliary losses of mixins included; training
+minimises their sum. Shapes: b rows, s tokens, v vocabulary, m images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+
+IGNORED_LABEL = -100
+"""Label of tokens that are not learnt."""
+
+
+class Objective(Protocol):
+    """What a model is trained to do."""
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Run the model on a batch and return the losses by name."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one stage of training changes.
+
+    Attributes:
+        trainable: glob patterns over parameter names; all that match are trained, the rest is frozen.
+        frozen: glob patterns of parameters that stay frozen although `trainable` matches them.
+    """
+
+    trainable: list[str]
+    frozen: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LanguageObjective:
+    """Predict the next token: `labels` [b, s] are aligned with the input; the label of a token is learnt one before it.
+
+    Attributes:
+        smoothing: probability that the target leaves to other tokens.
+        smooth_over: which ones share it: `others` are all but the target, and the loss is the divergence from the
+            smoothed target (GIT, arXiv:2205.14100); `all` counts the target among them, as torch's cross entropy does.
+        ignored_ids: ids that are not learnt wherever they stand in `labels` (0 in ClipCap, arXiv:2111.09734).
+    """
+
+    smoothing: float = 0.0
+    smooth_over: Literal["others", "all"] = "others"
+    ignored_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignored_ids", tuple(self.ignored_ids))
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"LanguageObjective.smoothing is {self.smoothing}; it must be in 0 <= smoothing < 1.")
+        if self.smooth_over not in ("others", "all"):
+            raise ValueError(f"LanguageObjective.smooth_over is {self.smooth_over!r}; choose others or all.")
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses: `language`, a mean over the labels that are learnt; 0 where there is none.
+
+        Raises:
+            ValueError: no labels, or labels of another shape than the logits.
+        """
+        inputs, labels = _take(batch, "labels")
+        out = model.run(**inputs)
+        _require_aligned(out.logits, labels)
+        logits, labels = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        for ignored in self.ignored_ids:
+            labels = labels.masked_fill(labels == ignored, IGNORED_LABEL)
+        if self.smoothing and self.smooth_over == "others":
+            losses = self._divergence(logits.float(), labels.clamp(min=0))
+            losses = losses.masked_fill(labels == IGNORED_LABEL, 0.0)
+        else:
+            losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.smoothing)
+        return {"language": _mean(losses, labels), **out.losses}
+
+    def _divergence(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Kullback-Leibler divergence of the prediction from the smoothed target, [n, v] and [n] -> [n]."""
+        log_probabilities = logits.log_softmax(-1)
+        right = log_probabilities.gather(-1, labels[:, None])[:, 0]
+        share = self.smoothing / (logits.shape[-1] - 1)
+        entropy = -(1 - self.smoothing) * math.log(1 - self.smoothing) - self.smoothing * math.log(share)
+        return -(1 - self.smoothing - share) * right - share * log_probabilities.sum(-1) - entropy
+
+
+@dataclass(frozen=True)
+class MaskedLanguageObjective:
+    """Predict what was masked: `labels` [b, s] hold the right id at masked tokens, -100 elsewhere (arXiv:1810.04805).
+
+    With `next_sentence_labels` [b] (0: the two parts belong together, 1: they do not) the model's result `sentence`
+    [b, 2] is trained as well; in VisualBERT (arXiv:1908.03557) the parts are a text and a picture.
+    """
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses: `masked_language`, and `next_sentence` where there are labels for it.
+
+        Raises:
+            ValueError: no labels, labels of another shape than the logits, or a model without a sentence head.
+        """
+        inputs, labels = _take(batch, "labels")
+        sentence_labels = inputs.pop("next_sentence_labels", None)
+        out = model.run(**inputs)
+        _require_aligned(out.logits, labels)
+        losses = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        found = {"masked_language": _mean(losses, labels.flatten())}
+        if sentence_labels is not None:
+            found["next_sentence"] = F.cross_entropy(_result(model, out, "sentence").float(), sentence_labels)
+        return {**found, **out.losses}
+
+
+@dataclass(frozen=True)
+class ContrastiveObjective:
+    """Find the picture of each text and the text of each picture within the batch (CLIP, arXiv:2103.00020, figure 3).
+
+    The model's result `logits_per_text` [b, b] holds the scaled similarity of text i and picture j.
+    """
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses: `contrastive`, the mean of both directions.
+
+        Raises:
+            ValueError: a model that compares no texts with pictures.
+        """
+        out = model.run(**batch)
+        logits = _result(model, out, "logits_per_text").float()
+        right = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        return {"contrastive": loss, **out.losses}
+
+
+@dataclass(frozen=True)
+class ClassificationObjective:
+    """Predict the class: `labels` [m] index the logits [m, classes]."""
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses: `classification`.
+
+        Raises:
+            ValueError: no labels, or another number of labels than of logits.
+        """
+        inputs, labels = _take(batch, "labels")
+        out = model.run(**inputs)
+        _require_aligned(out.logits, labels)
+        return {"classification": F.cross_entropy(out.logits.float(), labels), **out.losses}
+
+
+@dataclass(frozen=True)
+class SquaredDistanceObjective:
+    """Bring the output near the code of its class; the model gives squared distances [m, classes] to all codes.
+
+    The first loss of LeNet-5 (LeCun et al., Proceedings of the IEEE 86(11), 1998, section III-C, equation 8).
+    """
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Losses: `squared_distance`, the mean distance to the right code for `labels` [m].
+
+        Raises:
+            ValueError: no labels, or another number of labels than of outputs.
+        """
+        inputs, labels = _take(batch, "labels")
+        out = model.run(**inputs)
+        _require_aligned(out.logits, labels)
+        return {"squared_distance": out.logits.float().gather(1, labels[:, None]).mean(), **out.losses}
+
+
+def _take(batch: Mapping[str, Any], name: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Part the labels from what the model reads."""
+    inputs = dict(batch)
+    if inputs.get(name) is None:
+        raise ValueError(f"The batch has no '{name}', only {', '.join(inputs) or 'nothing'}: it cannot be learnt from.")
+    return inputs, inputs.pop(name)
+
+
+def _require_aligned(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: every output "
+            f"takes one label, {IGNORED_LABEL} where nothing is learnt."
+        )
+
+
+def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the labels that are learnt, without asking the device how many there are."""
+    return losses.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def _result(model: Any, out: Any, name: str) -> torch.Tensor:
+    if name not in out.outputs:
+        raise ValueError(
+            f"{type(model).__name__} gives no result '{name}', only {', '.join(out.outputs) or 'logits'}: add the "
+            f"mixin that makes it, or train with another objective."
+        )
+    result: torch.Tensor = out.outputs[name]
+    return result
