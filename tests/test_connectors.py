@@ -177,6 +177,12 @@ def test_mobilevlms_first_projector_is_reproduced() -> None:
         close(ldp(tensors["in.features"]), tensors["out.tokens"])
 
 
+@pytest.mark.parametrize(("size", "squeezed"), [(16, 8), (44, 16), (72, 24), (316, 80), (2048, 512)])
+def test_squeezed_channels_are_a_quarter_to_the_nearest_eight_without_losing_a_tenth(size: int, squeezed: int) -> None:
+    ldp: Any = LDPConfig().build(4, size, 0, 0)
+    assert ldp.blocks[0].squeeze.weight.shape == (squeezed, size)
+
+
 @torch.no_grad()
 def test_mobilevlms_second_projector_is_reproduced() -> None:
     weights, sets = golden("mobilevlm-ldp-v2")
@@ -287,6 +293,8 @@ def test_idefics2s_connector_equals_transformers() -> None:
     expected = reference(features, mask)
     close(connector(features, mask=mask), expected)
     close(connector(features[:1, :4]), expected[:1])
+    low = torch.randn(3, 7, 32).bfloat16()
+    assert torch.equal(connector.bfloat16().norm(low), reference.bfloat16().perceiver_resampler.norm(low))
 
 
 @torch.no_grad()
