@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from mixformer.cache import KVCache
-from mixformer.data.processor import Images, Processor
+from mixformer.data.processor import Images, Processor, join_picture_inputs
 from mixformer.generate import LogitsProcessor, stream
 from mixformer.images import ImageSource, load_image
 from mixformer.model import BaseModel
-from mixformer.prompts import Turn, get_family
+from mixformer.prompts import Turn
 from mixformer.tokenizer import stream_text
 
 
@@ -24,11 +25,16 @@ class _Picture:
 
     Attributes:
         content: equal for equal pixels.
-        inputs: {"images": [1, 3, y, x], "cross_images": ...}, what the model reads.
+        inputs: {"images": [k, 3, y, x], "cross_images": ...}, what the model reads.
     """
 
     content: bytes
     inputs: dict[str, torch.Tensor]
+
+    @property
+    def num_images(self) -> int:
+        """k, the images of the model that the picture becomes: its tiles, or one."""
+        return len(self.inputs["images"])
 
 
 class Conversation:
@@ -113,7 +119,8 @@ class Conversation:
         turn = self._turn
         pictures = [*self._pictures, *self._new_pictures(prompt, images)]
         # Of the pictures only the number counts here; their tensors are made already.
-        row = self.processor._row(prompt, [picture.content for picture in pictures], self.template, self.history)
+        contents, spans = [picture.content for picture in pictures], [picture.num_images for picture in pictures]
+        row = self.processor._row(prompt, contents, self.template, self.history, spans)
         prompt_tokens = list(zip(row.ids, row.types, strict=True))
         max_new_tokens = self._limited(prompt_tokens, max_new_tokens)
         batch = self._prepare(prompt_tokens, pictures, max_new_tokens)
@@ -136,21 +143,18 @@ class Conversation:
         self._turn += 1
 
     def _new_pictures(self, prompt: str, images: Images) -> list[_Picture]:
-        config = self.processor.config
+        config, processor = self.processor.config, self.processor
         sources: list[ImageSource] = []
         if images is not None:
             sources = list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
-        slot = get_family(config.family).image_slot
+        slot = config.spelling.image_slot if config.place == "slot" else None
         known = {picture.content: picture for picture in self._pictures}
         pictures = []
         for source in sources:
             picture = load_image(source)
             content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
             if content not in known:
-                sizes = {"images": config.image_size, "cross_images": config.cross_image_size}
-                pictures.append(_Picture(content, {
-                    name: self.processor._pictures([picture], size) for name, size in sizes.items() if size is not None
-                }))
+                pictures.append(_Picture(content, processor.picture_inputs(processor.split(picture))))
             elif slot is not None and slot in prompt:
                 pictures.append(known[content])
         return pictures
@@ -170,24 +174,35 @@ class Conversation:
         device = self.model.device
         ids, types = torch.tensor(tokens[kept:], device=device).unbind(1)
         batch = {"input_ids": ids[None]}
-        num_kept = sum(kind for _, kind in tokens[:kept]) // self._span
+        if self.processor.config.prefix_lm:
+            batch["prefix_lengths"] = torch.tensor([len(tokens)], device=device)
+        num_kept = self._num_whole(tokens[:kept], pictures)
         if pictures[num_kept:]:
             batch["token_type_ids"] = types[None]
-            for name in pictures[0].inputs:
-                batch[name] = torch.cat([picture.inputs[name] for picture in pictures[num_kept:]]).to(device)
+            joined = join_picture_inputs([picture.inputs for picture in pictures[num_kept:]])
+            batch.update({name: value.to(device) for name, value in joined.items()})
         return batch
 
     @property
     def _span(self) -> int:
-        """Tokens of one picture, boi and eoi included."""
-        return self.processor.config.image_length + 2
+        """Tokens of one image of the model, boi and eoi included."""
+        return self.processor.config.span_length
+
+    def _num_whole(self, tokens: list[tuple[int, int]], pictures: list[_Picture]) -> int:
+        """How many of the pictures have all their tokens among these, which begin the conversation."""
+        marked = sum(kind for _, kind in tokens)
+        lengths = accumulate(picture.num_images * self._span for picture in pictures)
+        return sum(length <= marked for length in lengths)
 
     def _limited(self, tokens: list[tuple[int, int]], max_new_tokens: int) -> int:
         """`max_new_tokens`, or as many as learned positions leave room for."""
         config = self.model.config
         if config.positions != "learned":
             return max_new_tokens
-        shared = sum(kind for _, kind in tokens) // self._span * (self._span - 3)  # patches have one position
+        patches = self.processor.config.image_length
+        kinds = {getattr(mixin, "position_ids", None) for mixin in self.model.mixins.values()}
+        saved = patches - 1 if "shared" in kinds else self._span if "none" in kinds else 0
+        shared = sum(kind for _, kind in tokens) // max(1, self._span) * saved
         needed = len(tokens) - shared
         if needed > config.max_positions:
             raise ValueError(
@@ -198,7 +213,7 @@ class Conversation:
 
     def _reusable(self, tokens: list[tuple[int, int]], pictures: list[_Picture]) -> int:
         """How many leading tokens of the cache can stay; 0 to start anew."""
-        if self._cache is None:
+        if self._cache is None or self.processor.config.prefix_lm:  # every token of a prefix sees all of it
             return 0
         pairs = zip(self._cached_pictures, pictures, strict=False)
         same = next((i for i, (old, new) in enumerate(pairs) if old.content != new.content), None)
@@ -211,7 +226,8 @@ class Conversation:
         kept = next((place for place in range(most) if cached[place] != tokens[place]), most)
         # The span of a picture stays as a whole and with the same picture, or not at all.
         marked = [place for place, (_, kind) in enumerate(tokens) if kind]
-        whole = self._span * min(same, sum(kind for _, kind in tokens[:kept]) // self._span)
+        same = min(same, self._num_whole(tokens[:kept], pictures))
+        whole = self._span * sum(picture.num_images for picture in pictures[:same])
         if whole < len(marked):
             kept = min(kept, marked[whole])
         return 0 if any(kind for _, kind in cached[kept:]) else kept

@@ -1,8 +1,9 @@
-"""Pictures to tensors, number for number as CogVLM and CogAgent were trained on them.
+"""Pictures to tensors, number for number as the released models were trained on them.
 
-Both released code bases convert to RGB, resize straight to S x S with PIL's (antialiasing) bicubic filter,
-keeping neither aspect ratio nor borders, scale to 0..1 and normalise with the mean and standard deviation of
-OpenAI CLIP.
+Pictures are converted to RGB, brought to size with PIL's (antialiasing) filters, scaled to 0..1 and normalised. How
+they are brought to size differs: CogVLM and CogAgent resize straight to S x S, CLIP and GIT keep the aspect ratio and
+cut the middle out, LLaVA-1.5 pads to a square first, Idefics2 keeps the aspect ratio (`FITS`). InternVL-Chat 1.5 cuts
+a picture into tiles (`tile_picture`), Idefics2 into quarters (`quarter_picture`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from PIL import Image, ImageOps
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+FITS = ("stretch", "crop", "pad", "native")
+"""How a picture is brought to size; see `fit_picture`."""
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 ImageSource = str | Path | bytes | bytearray | Image.Image | np.ndarray
 """A file, the bytes of one, a PIL image, or an array [y,x], [y,x,1], [y,x,3] or [y,x,4]."""
@@ -79,28 +85,145 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def preprocess_image(
-    source: ImageSource, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    source: ImageSource,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    fit: str = "stretch",
+    resample: str = "bicubic",
+    shortest: int = 1,
 ) -> torch.Tensor:
     """Turn a picture into what a vision tower reads.
 
     Args:
         source: see `load_image`.
-        size: side of the square it is resized to, in pixels.
+        size: side of the square it is brought to, in pixels; with `native`, the most that a side may have.
         mean: per channel, subtracted from the values in 0..1.
         std: per channel, divides the result.
+        fit: one of `FITS`.
+        resample: one of `FILTERS`.
+        shortest: with `native`, the least that a side may have.
 
     Returns:
-        Tensor [3,size,size], float32.
+        Tensor [3,size,size] ([3,y,x] with `native`), float32.
 
     Raises:
-        ValueError: see `load_image`; also a size that is not positive.
+        ValueError: see `load_image`; also a size that is not positive, an unknown fit or filter.
     """
-    if size < 1:
-        raise ValueError(f"cannot resize a picture to {size} pixels: the size must be at least 1")
-    picture = load_image(source).resize((size, size), Image.Resampling.BICUBIC)
+    fill = tuple(int(value * 255) for value in mean)
+    picture = fit_picture(load_image(source), size, fit, resample, (fill[0], fill[1], fill[2]), shortest)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32).div_(255.0)
     shape = (3, 1, 1)
     return pixels.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape)).contiguous()
+
+
+def fit_picture(
+    picture: Image.Image,
+    size: int,
+    fit: str = "stretch",
+    resample: str = "bicubic",
+    fill: tuple[int, int, int] = (0, 0, 0),
+    shortest: int = 1,
+) -> Image.Image:
+    """Bring a picture to size.
+
+    Args:
+        picture: RGB.
+        size: side of the square, in pixels.
+        fit: `stretch` resizes both sides to `size`; `crop` resizes the shorter side to it and cuts the middle out;
+            `pad` adds borders of colour `fill` until the picture is square, then resizes it; `native` resizes only
+            pictures with a side longer than `size` or shorter than `shortest`, and keeps the aspect ratio where the
+            latter allows it.
+        resample: one of `FILTERS`.
+        fill: colour of borders.
+        shortest: with `native`, the least that a side may have.
+
+    Raises:
+        ValueError: a size that is not positive, an unknown fit or filter.
+    """
+    if size < 1:
+        raise ValueError(f"cannot resize a picture to {size} pixels: the size must be at least 1")
+    if resample not in FILTERS:
+        raise ValueError(f"no filter {resample!r}: choose one of {', '.join(FILTERS)}")
+    if fit not in FITS:
+        raise ValueError(f"no fit {fit!r} of pictures: choose one of {', '.join(FITS)}")
+    width, height = picture.size
+    if fit == "pad" and width != height:
+        square = Image.new("RGB", (max(width, height),) * 2, fill)
+        square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2))
+        picture = square
+    elif fit == "crop":
+        scaled = (size * width // min(width, height), size * height // min(width, height))
+        left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+        return picture.resize(scaled, FILTERS[resample]).crop((left, top, left + size, top + size))
+    elif fit == "native":
+        ratio, sides = width / height, (width, height)
+        if max(sides) > size:
+            sides = (size, int(size / ratio)) if width >= height else (int(size * ratio), size)
+        return picture.resize((max(sides[0], shortest), max(sides[1], shortest)), FILTERS[resample])
+    return picture.resize((size, size), FILTERS[resample])
+
+
+def tile_grid(width: int, height: int, size: int, min_tiles: int = 1, max_tiles: int = 12) -> tuple[int, int]:
+    """Columns and rows of the grid of square tiles whose aspect ratio is nearest to a picture's.
+
+    Of grids that are equally near, those with more tiles are taken while the picture has more than half of their
+    pixels (InternVL-Chat 1.5, arXiv:2404.16821, section 3.2).
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        size: side of a tile, in pixels.
+        min_tiles: at least so many tiles.
+        max_tiles: at most so many.
+    """
+    counts = range(1, max_tiles + 1)
+    grids = [(x, y) for x in counts for y in counts if min_tiles <= x * y <= max_tiles]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    ratio, best, least = width / height, (1, 1), float("inf")
+    for columns, rows in grids:
+        distance = abs(ratio - columns / rows)
+        if distance < least or (distance == least and 2 * width * height > size * size * columns * rows):
+            best, least = (columns, rows), distance
+    return best
+
+
+def tile_picture(
+    picture: Image.Image,
+    size: int,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    thumbnail: bool = True,
+    resample: str = "bicubic",
+) -> list[Image.Image]:
+    """Resize a picture to the grid that `tile_grid` chooses and cut it into size x size tiles, row by row.
+
+    Args:
+        picture: RGB.
+        size: side of a tile, in pixels.
+        min_tiles: at least so many tiles.
+        max_tiles: at most so many.
+        thumbnail: add the whole picture, resized to one tile, behind more than one tile.
+        resample: one of `FILTERS`.
+    """
+    columns, rows = tile_grid(*picture.size, size, min_tiles, max_tiles)
+    whole = picture.resize((columns * size, rows * size), FILTERS[resample])
+    corners = [(x * size, y * size) for y in range(rows) for x in range(columns)]
+    tiles = [whole.crop((left, top, left + size, top + size)) for left, top in corners]
+    return [*tiles, fit_picture(picture, size, "stretch", resample)] if thumbnail and len(tiles) > 1 else tiles
+
+
+def quarter_picture(picture: Image.Image) -> list[Image.Image]:
+    """The quarters of a picture, row by row, and then all of it (Idefics2, arXiv:2405.02246, section 3.3).
+
+    Raises:
+        ValueError: a picture of less than 2 x 2 pixels.
+    """
+    if min(picture.size) < 2:
+        raise ValueError(f"cannot quarter a picture of {picture.width} x {picture.height} pixels: give a larger one")
+    (width, height), (x, y) = picture.size, (picture.width // 2, picture.height // 2)
+    boxes = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    return [*(picture.crop(box) for box in boxes), picture]
 
 
 def _describe(source: Any) -> str:

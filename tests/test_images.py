@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from mixformer.images import load_image, preprocess_image
+from mixformer.images import load_image, preprocess_image, quarter_picture, tile_grid, tile_picture
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = [
@@ -202,3 +202,94 @@ def test_another_type_is_refused() -> None:
         load_image(torch.zeros(3, 2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):
         preprocess_image(Image.new("RGB", (2, 2)), 0)
+
+
+# ---------------------------------------------------------------- bringing pictures to size, as transformers does
+
+
+def patterned(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+SIZES = [(40, 40), (61, 33), (33, 61), (200, 35), (21, 90), (12, 7)]
+HALF = (0.5, 0.5, 0.5)
+
+
+def reference(name: str, pictures: list[Image.Image], **options: object) -> dict[str, torch.Tensor]:
+    """Prepare pictures with an image processor of transformers that needs nothing but Pillow."""
+    import importlib
+
+    folder = {"CLIP": "clip", "Llava": "llava", "Idefics2": "idefics2", "GotOcr2": "got_ocr2"}[name]
+    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
+    return dict(getattr(module, f"{name}ImageProcessorPil")(**options)(pictures, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_squares_are_those_of_the_released_processors(fit: str, resample: str) -> None:
+    pictures = [patterned(*size) for size in SIZES]
+    square = {"height": 24, "width": 24}
+    number = {"bicubic": 3, "bilinear": 2}[resample]
+    options = {"crop_size": square, "do_center_crop": fit == "crop", "resample": number}
+    size = square if fit == "stretch" else {"shortest_edge": 24}
+    name = "Llava" if fit == "pad" else "CLIP"
+    expected = reference(name, pictures, size=size, **options, **({"do_pad": True} if fit == "pad" else {}))
+    ours = torch.stack([preprocess_image(picture, 24, fit=fit, resample=resample) for picture in pictures])
+    torch.testing.assert_close(ours, expected["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_native_pictures_have_the_sizes_of_idefics2() -> None:
+    pictures = [patterned(*size) for size in SIZES]
+    expected = reference("Idefics2", [pictures], size={"longest_edge": 60, "shortest_edge": 20})  # type: ignore[list-item]
+    masks, pixels = expected["pixel_attention_mask"][0].bool(), expected["pixel_values"][0]
+    for picture, mask, values in zip(pictures, masks, pixels, strict=True):
+        ours = preprocess_image(picture, 60, HALF, HALF, "native", "bilinear", 20)
+        assert mask.sum() == ours.shape[1] * ours.shape[2]
+        torch.testing.assert_close(ours, values[:, : ours.shape[1], : ours.shape[2]], atol=1e-6, rtol=0)
+
+
+def test_quarters_and_the_whole_are_those_of_idefics2() -> None:
+    picture = patterned(31, 18)
+    options = {"do_resize": False, "do_image_splitting": True}
+    expected = reference("Idefics2", [[picture]], **options)  # type: ignore[list-item]
+    parts = quarter_picture(picture)
+    assert len(parts) == 5
+    for part, values in zip(parts, expected["pixel_values"][0], strict=True):
+        ours = preprocess_image(part, 31, HALF, HALF, "native")
+        torch.testing.assert_close(ours, values[:, : ours.shape[1], : ours.shape[2]], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="cannot quarter a picture of 9 x 1 pixels"):
+        quarter_picture(patterned(9, 1))
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 12), (1, 6), (2, 4), (1, 1)])
+def test_grids_of_tiles_are_those_of_internvl(least: int, most: int) -> None:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    sides = (5, 14, 28, 30, 56, 57, 100, 171, 448)
+    chosen = set()
+    for width in sides:
+        for height in sides:
+            grid = tile_grid(width, height, 28, least, most)
+            assert grid == get_optimal_tiled_canvas((height, width), (28, 28), least, most)
+            chosen.add(grid)
+    assert len(chosen) > 2 or most == 1
+
+
+def test_tiles_are_those_of_internvl() -> None:
+    pictures = [patterned(*size) for size in (*SIZES, (10, 10))]  # the last is one tile
+    options = {"size": {"height": 16, "width": 16}, "crop_to_patches": True, "min_patches": 1, "max_patches": 6}
+    expected = reference("GotOcr2", pictures, **options)
+    tiles = [tile_picture(picture, 16, 1, 6) for picture in pictures]
+    assert [len(part) for part in tiles] == expected["num_patches"].tolist()
+    assert len(tiles[-1]) == 1
+    ours = torch.stack([preprocess_image(tile, 16) for part in tiles for tile in part])
+    torch.testing.assert_close(ours, expected["pixel_values"], atol=1e-6, rtol=0)
+    assert len(tile_picture(pictures[1], 16, 1, 6, thumbnail=False)) == len(tiles[1]) - 1
+
+
+def test_unknown_ways_to_size_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="no fit 'squash' of pictures: choose one of stretch, crop, pad, native"):
+        preprocess_image(patterned(3, 3), 2, fit="squash")
+    with pytest.raises(ValueError, match="no filter 'box': choose one of bicubic, bilinear"):
+        preprocess_image(patterned(3, 3), 2, resample="box")

@@ -5,14 +5,15 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from mixformer.data.processor import Processor, ProcessorConfig, TrainingSample, load_processor
-from mixformer.images import preprocess_image
+from mixformer.data.processor import Processor, ProcessorConfig, TilingConfig, TrainingSample, load_processor
+from mixformer.images import preprocess_image, tile_picture
 from mixformer.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -392,3 +393,294 @@ def test_coordinates_are_rounded_to_the_grid_in_past_turns_as_well() -> None:
     rounded, plain = (processor("Why?", history=past[box])["input_ids"] for box in (off, on))
     assert torch.equal(rounded, plain)
     assert not torch.equal(rounded, small_processor()("Why?", history=past[off])["input_ids"])
+
+
+# ---------------------------------------------------------------- places, marks, tiles and prompts of other systems
+
+
+def family_processor(family: str, **settings: Any) -> Processor:
+    """Four patches per image at id 9, with the sentencepiece tokenizer of the recorded prompts."""
+    common = {"family": family, "image_size": 28, "placeholder_id": 9, "image_marks": False}
+    return Processor(ProcessorConfig(**{**common, **settings}), TOKENIZER)
+
+
+def part(batch: dict[str, torch.Tensor], kind: int) -> list[int]:
+    """Ids of the tokens of one type."""
+    return batch["input_ids"][batch["token_type_ids"] == kind].tolist()
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_span_has_marks_only_where_the_model_has_them(marks: bool) -> None:
+    processor = family_processor("caption", image_marks=marks)
+    batch = processor("What?", [RED, BLUE])
+    length = 4 + 2 * marks
+    assert processor.config.span_length == length
+    assert batch["input_ids"].tolist() == [[1, *[9] * 2 * length, *TOKENIZER.encode("What?")]]
+    assert part(batch, 1) == [9] * 2 * length
+
+
+def test_images_stand_before_bos_after_it_or_behind_everything() -> None:
+    text, answer = TOKENIZER.encode("What?"), TOKENIZER.encode("a cat")
+    orders = {
+        "front": [9, 9, 9, 9, 1, *text, *answer, 2], "first": [1, 9, 9, 9, 9, *text, *answer, 2],
+        "last": [1, *text, *answer, 2, 9, 9, 9, 9],
+    }  # fmt: skip
+    for place, expected in orders.items():
+        processor = family_processor("caption", image_place=place)
+        batch = processor.training_batch([TrainingSample("What?", "a cat", RED)])
+        assert batch["input_ids"].tolist() == [expected]
+        assert batch["labels"][batch["labels"] >= 0].tolist() == [*answer, 2]
+        assert (batch["labels"][batch["token_type_ids"] == 1] == -100).all()
+        start = expected.index(2) - len(answer)
+        asked = expected[:start] + expected[start + len(answer) + 1 :]
+        assert processor("What?", RED)["input_ids"].tolist() == [asked]
+        room = len(expected) + 3
+        cut = processor.training_batch([TrainingSample("What?", "a cat", RED)], max_length=room)
+        assert torch.equal(cut["input_ids"], batch["input_ids"])
+        shorter = processor.training_batch([TrainingSample("What?", "a cat", RED)], max_length=room - 1)
+        assert shorter["input_ids"].shape[1] == len(expected) - 1
+
+
+def test_slots_in_the_text_are_ignored_where_images_have_another_place() -> None:
+    batch = family_processor("llava", template="base", image_place="first")("is <image> text?", RED)
+    assert batch["input_ids"].tolist() == [[1, 9, 9, 9, 9, *TOKENIZER.encode("is <image> text?")]]
+
+
+def test_llava_splits_its_prompt_at_images_and_ends_past_turns_with_eos() -> None:
+    # The released code tokenises what lies between the images piece by piece, and `</s>` is the end token.
+    batch = family_processor("llava")("And <image>?", RED, history=[("Hi", "Hello")])
+    system = (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions. "
+    )
+    texts = (system + "USER: Hi ASSISTANT: Hello", "USER: And ", "? ASSISTANT:")
+    first, second, third = (TOKENIZER.encode(text) for text in texts)
+    assert batch["input_ids"].tolist() == [[1, *first, 2, *second, 9, 9, 9, 9, *third]]
+    opened = family_processor("llava")("And?", [RED, BLUE], history=[("Hi", "Hello")])["input_ids"].tolist()[0]
+    pieces = [TOKENIZER.encode(text) for text in (system + "USER: ", "\n", "\nHi ASSISTANT: Hello")]
+    span, rest = [9] * 4, TOKENIZER.encode("USER: And? ASSISTANT:")
+    assert opened == [1, *pieces[0], *span, *pieces[1], *span, *pieces[2], 2, *rest]
+
+
+def test_answers_are_tokenised_as_they_stand_behind_the_prompt() -> None:
+    sample = TrainingSample("What?", "a red cat", RED)
+    batch = family_processor("llava", template="hf").training_batch([sample])
+    whole = TOKENIZER.encode("\nWhat? ASSISTANT: a red cat")
+    assert batch["input_ids"][0, -len(whole) - 1 :].tolist() == [*whole, 2]
+    assert batch["labels"][batch["labels"] >= 0].tolist() == [*TOKENIZER.encode("a red cat"), 2]
+
+
+def test_prefix_lengths_count_the_tokens_of_the_prompt_and_no_padding() -> None:
+    processor = family_processor("caption", prefix_lm=True)
+    samples = [TrainingSample("", "a cat", RED), TrainingSample("What is this?", "a bottle", BLUE)]
+    asked = 5 + len(TOKENIZER.encode("What is this?"))
+    assert processor.training_batch(samples)["prefix_lengths"].tolist() == [5, asked]
+    batch = processor(["", "What is this?"], [RED, BLUE])
+    assert batch["prefix_lengths"].tolist() == batch["attention_mask"].sum(1).tolist() == [5, asked]
+    assert "prefix_lengths" not in family_processor("caption")("", RED)
+
+
+WIDE = Image.fromarray(np.random.default_rng(3).integers(0, 255, (30, 61, 3), dtype=np.uint8))
+TALL = Image.fromarray(np.random.default_rng(4).integers(0, 255, (75, 26, 3), dtype=np.uint8))
+
+
+def test_all_tiles_of_a_picture_share_one_pair_of_marks() -> None:
+    settings = {"image_open": "[", "image_close": "]", "tiles": {"max_tiles": 3}}
+    processor = family_processor("caption", **settings)
+    batch = processor(["x", "y"], [[WIDE, RED], TALL])
+    opening, closing = (TOKENIZER.encode(f"a{mark}")[1:] for mark in "[]")
+    spans = [[*opening, *[9] * 4 * count, *closing] for count in (3, 3, 4)]  # two or three tiles, and a thumbnail
+    first, second = [1, *spans[0], *spans[1], *TOKENIZER.encode("x")], [1, *spans[2], *TOKENIZER.encode("y")]
+    assert batch["input_ids"].tolist() == [first, [0] * (len(first) - len(second)) + second]
+    assert batch["token_type_ids"].sum(1).tolist() == [24, 16]
+    tiles = [tile for picture in (WIDE, RED, TALL) for tile in tile_picture(picture, 28, 1, 3)]
+    assert torch.equal(batch["images"], torch.stack([preprocess_image(tile, 28) for tile in tiles]))
+    with pytest.raises(ValueError, match=r"sample 0: its image span\(s\) of 16 tokens do not fit"):
+        processor.training_batch([TrainingSample("x", "y", TALL)], max_length=19)
+
+
+def test_tiled_processors_come_back_equal(tmp_path: Path) -> None:
+    processor = family_processor("internvl", tiles=TilingConfig(2, 5, False), image_place="slot", image_fit="crop")
+    processor.save(tmp_path)
+    assert load_processor(tmp_path).config == processor.config
+
+
+# ---------------------------------------------------------------- folders of Hugging Face
+
+
+def byte_tokenizer(folder: Path, specials: list[str], **roles: str) -> Any:
+    """A byte-level tokenizer.json with special tokens, as the reference library reads it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    model = ByteLevelBPETokenizer()
+    model.train_from_iterator(["what is this? USER ASSISTANT User Assistant"] * 4, vocab_size=300, show_progress=False)
+    model.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, **roles)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def image_processor(name: str, **options: Any) -> Any:
+    import importlib
+
+    folder = {"CLIP": "clip", "Idefics2": "idefics2", "GotOcr2": "got_ocr2"}[name]
+    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
+    return getattr(module, f"{name}ImageProcessorPil")(**options)
+
+
+def save_config(folder: Path, **content: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_a_llava_folder_gives_the_batches_of_its_own_processor(tmp_path: Path) -> None:
+    from transformers import LlavaProcessor
+
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = byte_tokenizer(tmp_path, ["<s>", "</s>", "<image>", "<pad>"], **roles)
+    images = image_processor("CLIP", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    theirs = LlavaProcessor(images, fast, 14, "default", num_additional_image_tokens=1)
+    theirs.save_pretrained(tmp_path)
+    token = fast.convert_tokens_to_ids("<image>")
+    vision = {"image_size": 28, "patch_size": 14}
+    save_config(tmp_path, model_type="llava", vision_config=vision, image_token_index=token)
+    processor = load_processor(tmp_path)
+    question = "USER: <image>\nwhat is this? ASSISTANT: a cat USER: what? ASSISTANT:"
+    expected = theirs(text=question, images=[WIDE], return_tensors="pt")
+    batch = processor("what?", WIDE, history=[("what is this?", "a cat")])
+    assert batch["input_ids"].tolist() == [[fast.bos_token_id, *expected["input_ids"][0].tolist()]]
+    assert torch.equal(batch["token_type_ids"], (batch["input_ids"] == token).long())
+    torch.testing.assert_close(batch["images"], expected["pixel_values"], atol=1e-6, rtol=0)
+    assert (processor.config.eos_id, processor.config.pad_id) == (fast.eos_token_id, fast.pad_token_id)
+    learnt = processor.training_batch([TrainingSample("what is this?", "a cat", WIDE)])
+    whole = theirs(text="USER: <image>\nwhat is this? ASSISTANT: a cat", images=[WIDE])["input_ids"][0]
+    assert learnt["input_ids"].tolist() == [[fast.bos_token_id, *whole, fast.eos_token_id]]
+    full = {"image_token_index": token, "vision_feature_select_strategy": "full"}  # the cls token stays
+    save_config(tmp_path, model_type="llava", vision_config=vision, **full)
+    assert load_processor(tmp_path).config.image_length == 5
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_idefics2_folder_gives_the_batches_of_its_own_processor(tmp_path: Path, split: bool) -> None:
+    from transformers import Idefics2Processor
+
+    specials = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"]
+    fast = byte_tokenizer(tmp_path, specials, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    sizes = {"longest_edge": 56, "shortest_edge": 14}
+    theirs = Idefics2Processor(image_processor("Idefics2", size=sizes, do_image_splitting=split), fast, 3)
+    theirs.save_pretrained(tmp_path)
+    token = fast.convert_tokens_to_ids("<image>")
+    vision, perceiver = {"image_size": 56, "patch_size": 14}, {"resampler_n_latents": 3}
+    save_config(
+        tmp_path, model_type="idefics2", vision_config=vision, perceiver_config=perceiver, image_token_id=token
+    )
+    processor = load_processor(tmp_path)
+    text = "User:<image><image>what is this?<end_of_utterance>\nAssistant: a cat<end_of_utterance>\n"
+    expected = theirs(
+        text=text + "User: what?<end_of_utterance>\nAssistant:", images=[[WIDE, TALL]], return_tensors="pt"
+    )
+    batch = processor("what?", [WIDE, TALL], history=[("what is this?", "a cat")])
+    assert batch["input_ids"].tolist() == [[fast.bos_token_id, *expected["input_ids"][0].tolist()]]
+    assert torch.equal(batch["token_type_ids"], (batch["input_ids"] == token).long())
+    torch.testing.assert_close(batch["images"], expected["pixel_values"][0], atol=1e-6, rtol=0)
+    assert torch.equal(batch["pixel_attention_mask"], expected["pixel_attention_mask"][0])
+    end = fast.convert_tokens_to_ids("<end_of_utterance>")
+    assert processor.config.eos_id == end and set(processor.config.stop_ids) == {end, fast.eos_token_id}
+
+
+def test_an_internvl_folder_gives_tiles_between_one_pair_of_marks(tmp_path: Path) -> None:
+    specials = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|endoftext|>"]
+    fast = byte_tokenizer(tmp_path, specials, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    options = {"size": {"height": 28, "width": 28}, "crop_to_patches": True, "max_patches": 4}
+    images = image_processor("GotOcr2", **options, image_mean=[0.5, 0.4, 0.3], image_std=[0.3, 0.2, 0.1])
+    images.save_pretrained(tmp_path)
+    vision, token = {"image_size": [28, 28], "patch_size": [7, 7]}, fast.convert_tokens_to_ids("<IMG_CONTEXT>")
+    save_config(
+        tmp_path, model_type="internvl", vision_config=vision, downsample_ratio=0.5, image_token_id=token
+    )
+    batch = load_processor(tmp_path)("what?", [WIDE, TALL], history=[("what is this?", "a cat")])
+    expected = images([WIDE, TALL], return_tensors="pt")
+    spans = [f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>\n" for count in expected["num_patches"].tolist()]
+    text = f"<|im_start|>user\n{spans[0]}{spans[1]}what is this?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
+    text += "<|im_start|>user\nwhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert batch["input_ids"].tolist() == [fast.encode(text)]
+    torch.testing.assert_close(batch["images"], expected["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_qwen_vl_counts_its_pictures(tmp_path: Path) -> None:
+    specials = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    fast = byte_tokenizer(tmp_path, specials, eos_token="<|im_end|>")
+    token, end = fast.convert_tokens_to_ids(["<imgpad>", "<|im_end|>"])
+    config = ProcessorConfig(
+        family="qwen-vl", image_size=56, num_image_tokens=3, image_marks=False, placeholder_id=token, bos_id=None,
+        eos_id=end,
+    )  # fmt: skip
+    batch = Processor(config, load_tokenizer(tmp_path))("what?", [RED, BLUE], history=[("what is this?", "a cat")])
+    span = f"<img>{'<imgpad>' * 3}</img>\n"
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    text += f"Picture 1: {span}Picture 2: {span}what is this?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
+    assert batch["input_ids"].tolist() == [
+        fast.encode(text + "<|im_start|>user\nwhat?<|im_end|>\n<|im_start|>assistant\n")
+    ]
+
+
+def test_git_and_clip_folders_crop_their_pictures_and_git_puts_them_before_cls(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "what", "?"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    images = image_processor("CLIP", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images.save_pretrained(tmp_path)
+    save_config(tmp_path, model_type="git", vision_config={"image_size": 32, "patch_size": 16})
+    processor = load_processor(tmp_path)
+    batch = processor.training_batch([TrainingSample("what?", "a cat", WIDE)])
+    assert batch["input_ids"].tolist() == [[0] * 5 + [2, 7, 8, 5, 6, 3]]
+    assert batch["token_type_ids"].tolist() == [[1] * 5 + [0] * 6]
+    assert batch["labels"].tolist() == [[-100] * 8 + [5, 6, 3]]
+    expected = images([WIDE], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["images"], expected, atol=1e-6, rtol=0)
+    save_config(tmp_path, model_type="clip", vision_config={"image_size": 32, "patch_size": 16})
+    found = load_processor(tmp_path)
+    assert torch.equal(found("a cat", WIDE)["images"], batch["images"]) and found.config.image_length == 4
+    save_config(tmp_path, model_type="git", vision_config={}, num_image_with_embedding=6)
+    with pytest.raises(ValueError, match="reads videos"):
+        load_processor(tmp_path)
+
+
+def test_folders_that_say_too_little_ask_for_a_processor_file(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, Any]] = {
+        r"lacks 'image_token_id'.*processor\.yaml": {"model_type": "llava", "vision_config": {}},
+        r"lacks 'image_size'.*processor\.yaml": {"model_type": "llava", "vision_config": {}, "image_token_id": 3},
+        r"describes OtherModel.*llava, internvl, idefics2, git.*processor\.yaml": {
+            "model_type": "other", "vision_config": {}, "architectures": ["OtherModel"],
+        },
+    }  # fmt: skip
+    for reason, content in cases.items():
+        save_config(tmp_path, **content)
+        with pytest.raises(ValueError, match=reason):
+            load_processor(tmp_path, TOKENIZER)
+    save_config(
+        tmp_path, model_type="llava", vision_config={"image_size": 28, "patch_size": 14}, image_token_id=3
+    )
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "resample": 1}))
+    with pytest.raises(ValueError, match=r"Pillow's filter 1"):
+        load_processor(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"image_fit": "squash"}, "image_fit is 'squash': choose one of stretch"),
+        ({"image_place": "middle"}, "choose one of front, first, slot, last"),
+        ({"image_place": "slot"}, "needs a family that marks images"),
+        ({"image_place": "last", "prefix_lm": True}, "within the prefix"),
+        ({"image_fit": "native"}, "give num_image_tokens as well"),
+        ({"tiles": {"min_tiles": 3, "max_tiles": 2}}, "1 <= min_tiles <= max_tiles"),
+        ({"tiles": {"max_tile": 2}}, "max_tile"),
+        ({"tiles": {}, "quarters": True}, "tiles are cut to image_size"),
+        ({"tiles": {}, "cross_image_size": 28}, "leave one out"),
+        ({"shortest_side": 0}, "shortest_side must be a positive whole number"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    (tmp_path / "processor.yaml").write_text(yaml.safe_dump({"image_size": 28, **settings}))
+    with pytest.raises(ValueError, match=rf"processor\.yaml.*{reason}"):
+        load_processor(tmp_path, TOKENIZER)

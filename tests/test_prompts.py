@@ -72,3 +72,74 @@ def test_unknown_names_list_the_known_ones() -> None:
         get_template("sat", "talk")
     with pytest.raises(ValueError, match="no prompt family 'hf'"):
         get_template("hf")
+
+
+# ---------------------------------------------------------------- families of other systems
+
+
+SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the {0}'s questions. "
+)
+
+
+@pytest.mark.parametrize(("family", "person"), [("llava", "human"), ("vila", "user"), ("mobilevlm", "user")])
+def test_vicuna_families_are_spelt_as_their_conversation_files_do(family: str, person: str) -> None:
+    text = render_prompt("And?", None, family, [("Hi", "Hello")], 2)
+    assert text == SYSTEM.format(person) + "USER: <image>\n<image>\nHi ASSISTANT: Hello</s>USER: And? ASSISTANT:"
+    assert extract_answer(text + " a cat</s>", None, family) == "a cat"
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_chat_templates_of_released_folders_are_spelt_exactly(num_images: int) -> None:
+    # What the chat_template of llava-1.5-7b-hf, InternVL3-1B-hf and idefics2-8b make of this conversation.
+    lines, slots = "<image>\n" * num_images, "<image>" * num_images
+    expected = {
+        ("llava", "hf"): f"USER: {lines}What is this? ASSISTANT: a cat USER: And? ASSISTANT:",
+        ("internvl", "hf"): (
+            f"<|im_start|>user\n{lines}What is this?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
+            f"<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        ("idefics2", "chat"): (
+            f"User:{slots or ' '}What is this?<end_of_utterance>\nAssistant: a cat<end_of_utterance>\n"
+            f"User: And?<end_of_utterance>\nAssistant:"
+        ),
+    }
+    for (family, template), text in expected.items():
+        assert render_prompt("And?", template, family, [("What is this?", "a cat")], num_images) == text
+
+
+def test_internvl_and_qwen_vl_are_spelt_as_their_code_does() -> None:
+    asked = "<|im_start|>user\n{}<|im_end|>{}<|im_start|>assistant\n"
+    name = "You are an AI assistant whose name is InternLM (书生·浦语)."
+    text = render_prompt("And?", None, "internvl", [("Hi", "Hello")], 1)
+    past = asked.format("<image>\nHi", "")
+    assert text == f"<|im_start|>system\n{name}<|im_end|>{past}Hello<|im_end|>" + asked.format("And?", "")
+    text = render_prompt("And?", None, "qwen-vl", [("Hi", "Hello")], 2)
+    past = asked.format("Picture 1: <image>\nPicture 2: <image>\nHi", "\n")
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert text == f"{system}{past}Hello<|im_end|>\n" + asked.format("And?", "\n")
+    assert extract_answer(text + "a cat<|im_end|>\n", None, "qwen-vl") == "a cat"
+
+
+def test_questions_may_place_their_images_themselves() -> None:
+    text = render_prompt("Is <image> like <image>?", "hf", "llava", num_images=2)
+    assert text == "USER: Is <image> like <image>? ASSISTANT:"
+    assert render_prompt("And?", "hf", "llava", [("Is it <image>?", "no")], 1).count("<image>") == 1
+    with pytest.raises(ValueError, match=r"marks 1 image place\(s\) with <image> but comes with 0"):
+        render_prompt("Is it <image>?", "hf", "llava")
+    assert render_prompt("Is it <image>?", "hf", "llava", slots=False) == "USER: Is it <image>? ASSISTANT:"
+
+
+def test_a_dropped_history_leaves_its_images_with_the_question() -> None:
+    assert render_prompt("And?", "base", "llava", [("Hi", "Hello")], 1) == "<image>\nAnd?"
+
+
+def test_captions_have_no_roles() -> None:
+    assert render_prompt("a cat", None, "caption", num_images=1) == "a cat"
+    assert render_prompt("What?", "vqa", "caption", num_images=1) == "Question: What? Answer:"
+
+
+def test_a_slot_in_an_answer_is_no_place_of_an_image() -> None:
+    text = render_prompt("And?", "hf", "llava", [("Hi", "a <image>cat")], 1)
+    assert text == "USER: <image>\nHi ASSISTANT: a cat USER: And? ASSISTANT:"

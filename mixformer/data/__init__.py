@@ -1,5 +1,6 @@
 """Reading and batching: prompts and pictures to tensors, answers to boxes."""
 
+from mixformer.data.causal_mask import CausalMaskTransform
 from mixformer.data.grounding import (
     Box,
     Point,
@@ -9,13 +10,15 @@ from mixformer.data.grounding import (
     parse_boxes,
     parse_points,
 )
-from mixformer.data.processor import Processor, ProcessorConfig, TrainingSample, load_processor
+from mixformer.data.processor import Processor, ProcessorConfig, TilingConfig, TrainingSample, load_processor
 
 __all__ = [
     "Box",
+    "CausalMaskTransform",
     "Point",
     "Processor",
     "ProcessorConfig",
+    "TilingConfig",
     "TrainingSample",
     "draw_boxes",
     "format_boxes",

@@ -1,18 +1,17 @@
 """Prompts and pictures to the tensors of `model(**batch)`, and ids back to answers.
 
-A sequence is bos, then for each image boi, its patches and eoi (placeholder ids, token type 1), then the
-text. In the ``sat`` family the text may mark other places for images. Rows are padded on the left for
-generation, on the right for training. Sources: the remote code of CogVLM, CogVLM2 and CogAgent; the text
-processors of THUDM/CogVLM.
+A sequence is bos, then for each image its patches, between boi and eoi in models that have them (placeholder ids,
+token type 1), then the text. In families with image slots the text marks other places for images, and the
+configuration may put them elsewhere or cut a picture into several images of the model. Rows are padded on the left for
+generation, on the right for training. Sources: the remote code of CogVLM, CogVLM2 and CogAgent; the text processors of
+THUDM/CogVLM; `mixformer.prompts` for the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,15 @@ import torch
 import yaml
 from PIL import Image
 
+from mixformer.data.folders import PROCESSOR_FILE, read_settings, settings_file
 from mixformer.data.grounding import snap_coordinates
-from mixformer.images import CLIP_MEAN, CLIP_STD, ImageSource, preprocess_image
-from mixformer.prompts import Turn, extract_answer, get_family, get_template, render_prompt
+from mixformer.data.processor_config import ProcessorConfig, TilingConfig
+from mixformer.images import ImageSource, load_image, preprocess_image, quarter_picture, tile_picture
+from mixformer.objectives import IGNORED_LABEL
+from mixformer.prompts import Turn, extract_answer, render_prompt
 from mixformer.tokenizer import Tokenizer, load_tokenizer
 
-PROCESSOR_FILE = "processor.yaml"
-IGNORED_LABEL = -100
+__all__ = ["Processor", "ProcessorConfig", "TilingConfig", "TrainingSample", "join_picture_inputs", "load_processor"]
 
 Message = Mapping[str, str]
 """One message of a conversation: ``{"role": "user" or "assistant", "content": text}``."""
@@ -40,77 +41,7 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 Batch = dict[str, torch.Tensor]
 
-
-@dataclass(frozen=True)
-class ProcessorConfig:
-    """How prompts and pictures of one model are written down.
-
-    Attributes:
-        family: whose prompt spelling (`mixformer.prompts.FAMILIES`).
-        template: the template used where a call names none; None for the family's default.
-        image_size: side of the square picture in pixels; None for a model without pictures.
-        patch_size: side of a patch in pixels.
-        downsample: patches merged per side after the tower (2 in CogVLM2).
-        num_image_tokens: patches of one image in the sequence, without boi and eoi; None to follow from the
-            sizes.
-        cross_image_size: side of the high-resolution picture; None without one.
-        coordinate_grid: steps that boxes and points in prompts are rounded to, for a tokenizer that has only so
-            many coordinates; None leaves thousandths as they are.
-        image_mean: per channel, of pictures in 0..1.
-        image_std: per channel.
-        bos_id: id that opens a sequence; None for none.
-        eos_id: id that ends an answer in training.
-        pad_id: id that fills a batch.
-        placeholder_id: id at boi, patches and eoi; the model overwrites their embeddings.
-        stop_ids: every id that ends generation.
-    """
-
-    family: str = "hf-cogvlm"
-    template: str | None = None
-    image_size: int | None = None
-    patch_size: int = 14
-    downsample: int = 1
-    num_image_tokens: int | None = None
-    cross_image_size: int | None = None
-    coordinate_grid: int | None = None
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
-    bos_id: int | None = 1
-    eos_id: int = 2
-    pad_id: int = 0
-    placeholder_id: int = 0
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        get_template(self.family, self.template)
-        object.__setattr__(self, "image_mean", tuple(self.image_mean))
-        object.__setattr__(self, "image_std", tuple(self.image_std))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids) or (self.eos_id,))
-        optional = ("image_size", "num_image_tokens", "cross_image_size", "coordinate_grid")
-        for name in ("patch_size", "downsample", *(n for n in optional if getattr(self, n) is not None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"processor setting {name} must be a positive whole number, got {value!r}")
-        for name in ("bos_id", "eos_id", "pad_id", "placeholder_id"):
-            value = getattr(self, name)
-            absent = value is None and name == "bos_id"
-            if not absent and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"processor setting {name} must be a token id, got {value!r}")
-        step = self.patch_size * self.downsample
-        if self.image_size is not None and self.num_image_tokens is None and self.image_size % step:
-            raise ValueError(
-                f"image_size {self.image_size} does not divide into patches of {self.patch_size}, "
-                f"{self.downsample} merged per side: choose a multiple of {step}, or give num_image_tokens"
-            )
-        if self.cross_image_size is not None and self.image_size is None:
-            raise ValueError("cross_image_size comes beside image_size: give both")
-
-    @property
-    def image_length(self) -> int:
-        """Patches of one image in the sequence (boi and eoi not counted); 0 without pictures."""
-        if self.image_size is None:
-            return 0
-        return self.num_image_tokens or (self.image_size // (self.patch_size * self.downsample)) ** 2
+_TEXT_ONLY = "this model reads text only (no image_size): leave the images out"
 
 
 @dataclass(frozen=True)
@@ -134,12 +65,29 @@ class TrainingSample:
 
 @dataclass
 class _Row:
-    """One sequence: ids, where images are (1), what is learnt, and the pictures."""
+    """One sequence.
 
-    ids: list[int]
-    types: list[int]
-    labels: list[int]
-    images: list[ImageSource]
+    Attributes:
+        ids: token ids.
+        types: 1 on the tokens that images fill, 0 elsewhere.
+        labels: what is learnt.
+        images: what the model reads, one entry per span.
+        prompt_length: tokens of the prompt, which comes first.
+        ends_with_image: whether an image is the last thing in it.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: list[ImageSource] = field(default_factory=list)
+    prompt_length: int = 0
+    ends_with_image: bool = False
+
+    def add(self, ids: Sequence[int], kind: int = 0, learnt: bool = False) -> None:
+        self.ids += ids
+        self.types += [kind] * len(ids)
+        self.labels += ids if learnt else [IGNORED_LABEL] * len(ids)
+        self.ends_with_image = False
 
 
 class Processor:
@@ -153,6 +101,9 @@ class Processor:
     def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        family = config.spelling
+        texts = (config.image_open, family.image_open), (config.image_close, family.image_close)
+        self._open, self._close = (self.inner_ids(own if given is None else given) for given, own in texts)
 
     def __call__(
         self,
@@ -167,7 +118,7 @@ class Processor:
             prompts: a question, a conversation (messages with role and content), or a list of them.
             images: for one prompt: None, an image or a list of images; for a list of prompts: one such entry
                 each. They come directly after bos in their order, or, in families with image slots, where the
-                prompt marks them.
+                prompt marks them, or where `image_place` puts them.
             template: name of the template for all rows; None for the processor's.
             history: past (question, answer) turns of one prompt; for a list of prompts one entry (or None)
                 each.
@@ -175,7 +126,9 @@ class Processor:
         Returns:
             input_ids [b,s] and attention_mask [b,s] (0 on padding); for models with pictures token_type_ids
             [b,s] (1 on boi, patches and eoi); if there is any picture, images [m,3,y,x], and cross_images
-            [m,3,y,x] for models that have them, in the order in which the images stand in the batch.
+            [m,3,y,x] for models that have them, in the order in which the images stand in the batch, and
+            pixel_attention_mask [m,y,x] (1 on pixels, 0 on padding) where pictures keep their size. With
+            `prefix_lm`, prefix_lengths [b].
 
         Raises:
             ValueError: images or history that do not match the prompts, an unknown template, a conversation
@@ -266,54 +219,168 @@ class Processor:
         }
         (target / PROCESSOR_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
-    def _row(self, prompt: Prompt, images: Images, template: str | None, history: Sequence[Turn] | None) -> _Row:
+    def split(self, picture: ImageSource) -> list[ImageSource]:
+        """The images of the model that a picture becomes: its tiles, its quarters and itself, or itself alone.
+
+        Raises:
+            ValueError: an unreadable picture that is to be cut.
+        """
         config = self.config
-        pictures = _as_images(images)
+        if config.quarters:
+            return list(quarter_picture(load_image(picture)))
+        if config.tiles is None or config.image_size is None:
+            return [picture]
+        options = dataclasses.asdict(config.tiles)
+        return list(tile_picture(load_image(picture), config.image_size, **options, resample=config.image_filter))
+
+    def picture_inputs(self, images: Sequence[ImageSource]) -> Batch:
+        """What the model reads for the images that `split` gave: images, and what comes with them (see `__call__`).
+
+        Raises:
+            ValueError: an unreadable picture, or a model without pictures.
+        """
+        config = self.config
+        if config.image_size is None:
+            raise ValueError(_TEXT_ONLY)
+        prepared = [self._prepare(image, config.image_size) for image in images]
+        batch = {"images": _stack(prepared)}
+        if config.cross_image_size is not None:
+            batch["cross_images"] = self._pictures(images, config.cross_image_size)
+        if config.image_fit == "native":
+            batch["pixel_attention_mask"] = _stack([torch.ones_like(pixels[0]) for pixels in prepared]).long()
+        return batch
+
+    def inner_ids(self, text: str) -> list[int]:
+        """Ids of a text inside of others: without the space that some tokenizers put before a text of its own."""
+        if not text:
+            return []
+        before, both = self.tokenizer.encode("a"), self.tokenizer.encode(f"a{text}")
+        inside = both[: len(before)] == before
+        return both[len(before) :] if inside else self.tokenizer.encode(text)
+
+    def sentences(
+        self, texts: Sequence[Sequence[int]], num_images: int = 0
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Texts as an encoder reads them: bos, then each text and eos, with placeholders where `image_place` puts them.
+
+        Args:
+            texts: ids of each text.
+            num_images: how many images of the model belong to them.
+
+        Returns:
+            the ids; 1 for each of them that an image fills, 0 for the others; and the number of the text that each
+            belongs to, its eos included, -1 for the others.
+        """
+        row, place = _Row(), self.config.place
+        if place == "front":
+            self._add_images(row, [num_images])
+        row.add([] if self.config.bos_id is None else [self.config.bos_id])
+        if place in ("first", "slot"):
+            self._add_images(row, [num_images])
+        owners = [-1] * len(row.ids)
+        for number, text in enumerate(texts):
+            row.add([*text, self.config.eos_id])
+            owners += [number] * (len(text) + 1)
+        self._add_last(row, [num_images])
+        return row.ids, row.types, owners + [-1] * (len(row.ids) - len(owners))
+
+    def _row(
+        self,
+        prompt: Prompt,
+        images: Images,
+        template: str | None,
+        history: Sequence[Turn] | None,
+        spans: Sequence[int] | None = None,
+    ) -> _Row:
+        """A prompt; `spans` is how many images of the model each picture becomes, None to cut the pictures here."""
+        sample = TrainingSample(prompt, images=images, history=history, template=template)
+        row, groups, _ = self._start(sample, spans)
+        self._add_last(row, groups)
+        return row
+
+    def _start(self, sample: TrainingSample, spans: Sequence[int] | None = None) -> tuple[_Row, list[int], str]:
+        """A prompt without the images that stand behind everything, the images per picture, and its text."""
+        config, pictures = self.config, _as_images(sample.images)
         if pictures and config.image_size is None:
-            raise ValueError("this model reads text only (no image_size): leave the images out")
-        query, turns = _as_question(prompt, history)
+            raise ValueError(_TEXT_ONLY)
+        query, turns = _as_question(sample.prompt, sample.history)
         grid = config.coordinate_grid
         if grid is not None:
             query = snap_coordinates(query, grid)
             turns = [(snap_coordinates(asked, grid), snap_coordinates(said, grid)) for asked, said in turns]
-        text = render_prompt(query, template or config.template, config.family, turns, len(pictures))
-        slot = get_family(config.family).image_slot
-        # Without slots all images open the sequence; with slots each piece of text follows one image, but the
-        # first.
-        pieces = [""] * len(pictures) + [text] if slot is None else text.split(slot)
-        row = _Row([] if config.bos_id is None else [config.bos_id], [], [], pictures)
-        row.types = [0] * len(row.ids)
-        for index, piece in enumerate(pieces):
-            span = config.image_length + 2 if index else 0
-            encoded = self.tokenizer.encode(piece) if piece else []
-            row.ids += [config.placeholder_id] * span + encoded
-            row.types += [1] * span + [0] * len(encoded)
-        row.labels = [IGNORED_LABEL] * len(row.ids)
-        return row
+        place, slot = config.place, config.spelling.image_slot
+        count, marked = len(pictures), place == "slot"
+        text = render_prompt(query, sample.template or config.template, config.family, turns, count, marked)
+        parts = [[picture] for picture in pictures] if spans else [self.split(picture) for picture in pictures]
+        groups = list(spans) if spans else [len(part) for part in parts]
+        row = _Row(images=[image for part in parts for image in part])
+        if place == "front":
+            self._add_images(row, groups)
+        row.add([] if config.bos_id is None else [config.bos_id])
+        if place == "first":
+            self._add_images(row, groups)
+        for index, piece in enumerate(text.split(slot) if marked and slot is not None else [text]):
+            if index:
+                self._add_images(row, groups[index - 1 : index])
+                attached = piece and not piece[0].isspace() and piece[0] != "<"
+                piece = self._led(piece, config.spelling.image_lead) if attached else piece
+            self._add_text(row, piece)
+        row.prompt_length = len(row.ids)
+        return row, groups, text
+
+    def _add_last(self, row: _Row, groups: list[int]) -> None:
+        if self.config.place == "last":
+            self._add_images(row, groups)
+
+    def _add_images(self, row: _Row, groups: Sequence[int]) -> None:
+        """Add the images of some pictures, which become so many images of the model each."""
+        config = self.config
+        for count in filter(None, groups):
+            for number in [1] * count if config.quarters else [count]:
+                if not (row.ends_with_image and self._open == self._close):
+                    row.add(self._open)
+                row.add([config.placeholder_id] * (config.span_length * number), kind=1)
+                row.add(self._close)
+                row.ends_with_image = True
+
+    def _add_text(self, row: _Row, text: str) -> None:
+        end = self.config.spelling.end_slot
+        for index, piece in enumerate(text.split(end) if end is not None else [text]):
+            if index:
+                row.add([self.config.eos_id])
+            if piece:
+                row.add(self.tokenizer.encode(piece))
+
+    def _led(self, text: str, lead: str) -> str:
+        """Put `lead` before a text, unless the tokenizer begins words by itself."""
+        word = self.tokenizer.encode("a")
+        return text if not lead or self.tokenizer.encode(f"a{lead}a")[len(word) :] == word else lead + text
 
     def _training_row(self, sample: TrainingSample, max_length: int | None) -> _Row:
         if sample.answer is None:
             raise ValueError("nothing to learn: give an answer, or end with the assistant's message")
-        row = self._row(sample.prompt, sample.images, sample.template, sample.history)
-        answer = self.tokenizer.encode(sample.answer)
+        row, groups, text = self._start(sample)
+        lead = self.config.spelling.answer_lead if text and sample.answer else ""
+        answer = self.tokenizer.encode(self._led(sample.answer, lead))
         if max_length is not None:
-            images_length, needed = sum(row.types), len(row.ids) + len(answer) + 4
+            tail = _Row()
+            self._add_last(tail, groups)
+            before = len(row.ids) + len(tail.ids)
+            images_length, needed = sum(row.types) + sum(tail.types), before + len(answer) + 4
             if images_length + 4 > max_length:
                 raise ValueError(
                     f"its image span(s) of {images_length} tokens do not fit into max_length {max_length}: "
                     f"raise max_length to {needed} or more, or use fewer or smaller images"
                 )
-            room = max_length - 4 - len(row.ids)
+            room = max_length - 4 - before
             if room < min(len(answer), 1):
                 raise ValueError(
-                    f"its prompt of {len(row.ids)} tokens leaves no room for the answer in max_length "
+                    f"its prompt of {before} tokens leaves no room for the answer in max_length "
                     f"{max_length}: raise max_length to {needed} or more, or leave the sample out"
                 )
             answer = answer[:room]
-        answer = [*answer, self.config.eos_id]
-        row.ids += answer
-        row.types += [0] * len(answer)
-        row.labels += answer
+        row.add([*answer, self.config.eos_id], learnt=True)
+        self._add_last(row, groups)
         return row
 
     def _collate(self, rows: list[_Row], side: str, width: int | None) -> Batch:
@@ -322,19 +389,27 @@ class Processor:
             "input_ids": torch.tensor([_pad(row.ids, self.config.pad_id, width, side) for row in rows]),
             "attention_mask": torch.tensor([_pad([1] * len(row.ids), 0, width, side) for row in rows]),
         }
+        if self.config.prefix_lm:
+            batch["prefix_lengths"] = torch.tensor([row.prompt_length for row in rows])
         if self.config.image_size is None:
             return batch
         batch["token_type_ids"] = torch.tensor([_pad(row.types, 0, width, side) for row in rows])
-        pictures = [picture for row in rows for picture in row.images]
-        if pictures:
-            batch["images"] = self._pictures(pictures, self.config.image_size)
-            if self.config.cross_image_size is not None:
-                batch["cross_images"] = self._pictures(pictures, self.config.cross_image_size)
-        return batch
+        images = [image for row in rows for image in row.images]
+        return {**batch, **self.picture_inputs(images)} if images else batch
 
-    def _pictures(self, pictures: Sequence[ImageSource], size: int) -> torch.Tensor:
-        mean, std = self.config.image_mean, self.config.image_std
-        return torch.stack([preprocess_image(picture, size, mean, std) for picture in pictures])
+    def _pictures(self, images: Sequence[ImageSource], size: int) -> torch.Tensor:
+        """[m, 3, y, x]"""
+        return _stack([self._prepare(image, size) for image in images])
+
+    def _prepare(self, image: ImageSource, size: int) -> torch.Tensor:
+        config = self.config
+        means = config.image_mean, config.image_std
+        return preprocess_image(image, size, *means, config.image_fit, config.image_filter, config.shortest_side)
+
+
+def join_picture_inputs(parts: Sequence[Batch]) -> Batch:
+    """What `Processor.picture_inputs` gives for several lists of images as if they were one, pads included."""
+    return {name: _stack([picture for part in parts for picture in part[name]]) for name in parts[0]}
 
 
 def load_processor(
@@ -344,8 +419,8 @@ def load_processor(
 
     Args:
         path: a folder written by `Processor.save` (``processor.yaml``), one in the Hugging Face layout
-            (``config.json`` of CogVLM, CogVLM2, CogAgent or a text model), or one of SwissArmyTransformer
-            (``model_config.json``).
+            (``config.json`` of CogVLM, CogVLM2, CogAgent, LLaVA, InternVL, Idefics2, GIT, CLIP or a text model), or
+            one of SwissArmyTransformer (``model_config.json``).
         tokenizer: a tokenizer, or the file or folder of one; None if it lies in `path`.
         template: name of the template to use by default instead of the checkpoint's.
 
@@ -354,112 +429,30 @@ def load_processor(
             tokenizer.
     """
     folder = Path(path)
-    readers = {PROCESSOR_FILE: _read_own, "config.json": _read_hf, "model_config.json": _read_sat}
-    if not folder.is_dir():
-        raise ValueError(f"no folder at {folder}: name the folder of a checkpoint")
-    name = next((name for name in readers if (folder / name).is_file()), None)
-    if name is None:
-        raise ValueError(f"{folder} is no checkpoint folder: it holds none of {', '.join(readers)}")
+    file = settings_file(folder)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
-    settings = readers[name](_read_settings(folder / name), folder / name, tokenizer)
+    settings = read_settings(file, tokenizer)
     if template is not None:
         settings["template"] = template
     try:
         return Processor(ProcessorConfig(**settings), tokenizer)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / name}: {error}") from error
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): write or copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no settings: expected names and values")
-    return content
-
-
-def _read_own(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(ProcessorConfig)]
-    for name in content:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise ValueError(f"{file} has an unknown setting {name!r}: did you mean {near[0]!r}?")
-    return content
-
-
-def _token_ids(content: dict[str, Any], tokenizer: Tokenizer, pad: int) -> dict[str, Any]:
-    """Ids as the released code takes them: bos and eos of the tokenizer, the rest of the configuration."""
-    ends = content.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    found = content.get("pad_token_id")
-    return {
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": pad if found is None else found,
-        "stop_ids": tuple(dict.fromkeys([tokenizer.eos_id, *ends])),
-    }
-
-
-def _read_hf(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    vision = content.get("vision_config")
-    if vision is None:
-        return {"family": "llama", **_token_ids(content, tokenizer, tokenizer.pad_id)}
-    architectures = content.get("architectures") or ["CogVLMForCausalLM"]
-    if architectures[0] not in ("CogVLMForCausalLM", "CogAgentForCausalLM"):
-        raise ValueError(
-            f"{file} describes {architectures[0]}, whose prompts are not known here (CogVLM, CogVLM2, "
-            f"CogAgent and text models are): build Processor(ProcessorConfig(...), tokenizer)"
-        )
-    # CogVLM2 marks images with 128002 whatever the tokenizer says, the others with the pad token.
-    second = "num_multi_query_heads" in content
-    ids = _token_ids(content, tokenizer, 128002 if second else 0)
-    cross = content.get("cross_image_size")
-    return {
-        "family": "hf-cogvlm2" if second else "hf-cogagent" if cross else "hf-cogvlm",
-        "template": content.get("template_version"),
-        "image_size": _required(vision, "image_size", file),
-        "patch_size": _required(vision, "patch_size", file),
-        "downsample": 2 if second else 1,
-        "cross_image_size": cross,
-        "placeholder_id": ids["pad_id"],
-        **ids,
-    }
-
-
-def _read_sat(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    ids = _token_ids(content, tokenizer, tokenizer.pad_id)
-    tower = content.get("eva_args")
-    if tower is None:
-        return {"family": "llama", **ids}
-    size, patch_size = _required(tower, "image_size", file), _required(tower, "patch_size", file)
-    size = size[0] if isinstance(size, list) else size
-    cross = content.get("cross_image_pix")
-    return {
-        "family": "sat",
-        # The repository's table: cogagent-chat is "chat", the CogVLM chat models are "chat_old".
-        "template": content.get("text_processor_version", "chat" if cross else "chat_old"),
-        "image_size": size,
-        "patch_size": patch_size,
-        "num_image_tokens": content.get("image_length"),
-        "cross_image_size": cross,
-        "placeholder_id": 0,
-        **ids,
-    }
-
-
-def _required(content: dict[str, Any], name: str, file: Path) -> Any:
-    if name not in content:
-        raise ValueError(f"{file} lacks {name!r} of the vision tower: is it the file of a CogVLM or CogAgent?")
-    return content[name]
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _pad(values: list[int], fill: int, width: int, side: str) -> list[int]:
     filling = [fill] * (width - len(values))
     return filling + values if side == "left" else values + filling
+
+
+def _stack(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack [..., y, x] tensors; smaller ones are padded with zeros at the right and at the bottom."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (-2, -1))
+    stacked = pictures[0].new_zeros(len(pictures), *pictures[0].shape[:-2], height, width)
+    for row, picture in zip(stacked, pictures, strict=True):
+        row[..., : picture.shape[-2], : picture.shape[-1]] = picture
+    return stacked
 
 
 def _is_message(value: Any) -> bool:
@@ -541,6 +534,6 @@ def _as_sample(sample: TrainingSample | Mapping[str, Any]) -> TrainingSample:
     prompt = sample.prompt
     if sample.answer is not None or isinstance(prompt, str) or not prompt:
         return sample
-    if prompt[-1].get("role") == "assistant":
+    if _is_message(prompt[-1]) and prompt[-1].get("role") == "assistant":
         return dataclasses.replace(sample, prompt=prompt[:-1], answer=prompt[-1]["content"])
     return sample

@@ -2,8 +2,18 @@
 
 from mixformer.train.loop import TrainConfig, select_parameters, train
 from mixformer.train.stages import EvaluateSection, Evaluation, Stage, Task, TrainSection, evaluate, run, run_stages
+from mixformer.train.tasks import (
+    ClassTask,
+    ConversationTask,
+    FileTask,
+    InfillingTask,
+    MaskedTextTask,
+    PairTask,
+    TextTask,
+)
 
 __all__ = [
-    "EvaluateSection", "Evaluation", "Stage", "Task", "TrainConfig", "TrainSection", "evaluate", "run", "run_stages",
+    "ClassTask", "ConversationTask", "EvaluateSection", "Evaluation", "FileTask", "InfillingTask", "MaskedTextTask",
+    "PairTask", "Stage", "Task", "TextTask", "TrainConfig", "TrainSection", "evaluate", "run", "run_stages",
     "select_parameters", "train",
 ]  # fmt: skip

@@ -95,7 +95,7 @@ class TrainSection:
         stages: in order.
         output: folder that the trained model and its processor are saved to, relative to where the command runs.
         dtype: of the saved weights; None for the model's.
-        logs: folder of the stages' logs, and of the weights after each stage; None for `output`.
+        logs: folder of the stages' logs, and of the weights after each stage; None for `{output}-logs`.
         keep_stages: whether to keep the weights after each stage.
         resume: go on after the last stage whose weights were kept.
     """
@@ -178,9 +178,8 @@ def run(model: Any, processor: Any, settings: Any) -> dict[str, Any]:
     if section is None or not section.stages:
         raise ValueError("There is nothing to train on: give train.stages in the configuration file.")
     torch.manual_seed(settings.seed)
-    results = run_stages(
-        model, section.stages, processor, section.logs or section.output, section.keep_stages, section.resume
-    )
+    logs = section.logs or f"{section.output}-logs"  # a checkpoint is not written into a folder of other things
+    results = run_stages(model, section.stages, processor, logs, section.keep_stages, section.resume)
     if section.dtype is not None:
         model = model.to(getattr(torch, section.dtype))
     save_pretrained(model, section.output, processor=processor)
