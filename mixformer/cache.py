@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from mixformer.context import Context
     from mixformer.model import BaseModel
 
 
@@ -116,16 +117,19 @@ class KVCache:
             self.valid[:, self._length : self._length + num_tokens] = real
         return self.valid
 
-    def advance(self, num_tokens: int, position_ids: torch.Tensor | None) -> None:
-        """Count the tokens of a finished forward, at these [b, s] positions; None for one position each."""
+    def advance(self, num_tokens: int, ctx: Context) -> None:
+        """Count the tokens of a finished forward, at the positions that its context says."""
         if self.static:
             self.cursor.add_(num_tokens)
         if not self._in_static_graph():
             self._length += num_tokens
-        if position_ids is None:
+        known, following = ctx.known_positions, ctx.following
+        if known is not None and known[2] and known[0] is ctx.position_ids:
             self.next_position.add_(num_tokens)
-        else:
-            self.next_position.copy_(position_ids.amax(1) + 1)
+        elif following is not None and following[0] is ctx.position_ids:
+            self.next_position.copy_(following[1])
+        elif ctx.position_ids is not None:
+            self.next_position.copy_(ctx.position_ids.amax(1) + 1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) rows, in the order given: beam search, finished rows."""

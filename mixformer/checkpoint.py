@@ -303,10 +303,12 @@ def _read_foreign(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str, overrides: Mapping[str, Any] | None
 ) -> BaseModel:
     from models.weights import SATFolder, Source
+    from models.weights.rules import spelling
 
     found, content, is_sat = _foreign_format(folder)
-    weights: TensorSource = SATFolder(folder, content) if is_sat else SafetensorsFolder(folder)
+    stored: TensorSource = SATFolder(folder, content) if is_sat else SafetensorsFolder(folder)
     try:
+        weights = _Renamed(stored, found.renamed)
         where = folder / ("model_config.json" if is_sat else "config.json")
         config = _foreign_config(found, content, weights.shapes, overrides, str(where))
         model = _without_memory(lambda place: found.model(config, device=place), device)
@@ -315,10 +317,38 @@ def _read_foreign(
         if not is_sat:
             tensors = {} if _is_meta(device) else {name: weights.read(name).clone() for name in unused}
             kept_dtype = "" if dtype is not None else str(model.dtype).removeprefix("torch.")
-            set_source(model, Source(found.name, content, dict(overrides or {}), tensors, absent, kept_dtype))
+            spelled = spelling(weights.names)
+            set_source(model, Source(found.name, content, dict(overrides or {}), tensors, absent, kept_dtype, spelled))
     finally:
-        weights.close()
+        stored.close()
     return model
+
+
+class _Renamed:
+    """The tensors of another source under the names that key tables have for them.
+
+    Raises:
+        ValueError: two of them get one name.
+    """
+
+    def __init__(self, source: TensorSource, rename: Callable[[str], str]) -> None:
+        self.names: dict[str, str] = {}
+        for name in source.shapes:
+            first = self.names.setdefault(rename(name), name)
+            if first != name:
+                raise ValueError(
+                    f"{source.where}: '{first}' and '{name}' are two spellings of one tensor. Files of two versions "
+                    f"may have been mixed: fetch the folder again."
+                )
+        self.shapes = {name: source.shapes[stored] for name, stored in self.names.items()}
+        self.num_bytes, self.where, self.gives_own = source.num_bytes, source.where, source.gives_own
+        self._source = source
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(self.names[name])
+
+    def close(self) -> None:
+        self._source.close()
 
 
 def _foreign_config(
@@ -381,15 +411,48 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _prepare_hf(model: BaseModel, max_shard_size: int | str) -> Callable[[Path], None]:
     from models.weights import HF_FORMATS
 
-    fitting = [found for found in HF_FORMATS if isinstance(model, found.model)]
+    written = [found for found in HF_FORMATS if found.write_config is not None]
+    fitting = [found for found in written if isinstance(model, found.model)]
     if not fitting:
         raise ValueError(
             f"No HF format holds a {type(model).__name__}. Those that can: "
-            f"{', '.join(found.model.__name__ for found in HF_FORMATS)} and nothing added. Use format='own'."
+            f"{', '.join(dict.fromkeys(found.model.__name__ for found in written))} and nothing added. Use "
+            f"format='own'."
         )
-    found = max(fitting, key=lambda each: len(each.model.__mro__))
-    _check_composition(model, found)
+    nearest = max(len(each.model.__mro__) for each in fitting)
+    fitting = [each for each in fitting if len(each.model.__mro__) == nearest]
     source = source_of(model)
+    fitting.sort(key=lambda each: source is None or each.name != source.format)
+    _check_composition(model, fitting[0])
+    tensors, content = _as_first_fitting(model, fitting, source)
+
+    def write(folder: Path) -> None:
+        with _saving(model):
+            write_shards(folder, tensors, max_shard_size)
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    return write
+
+
+def _as_first_fitting(
+    model: BaseModel, formats: list[Format], source: Source | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the config file in the first of several formats that holds the model."""
+    refusals: list[ValueError] = []
+    for found in formats:
+        try:
+            return _as_foreign(model, found, source)
+        except ValueError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _as_foreign(
+    model: BaseModel, found: Format, source: Source | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors (views of the model's) and the config file of a model in a format."""
+    from models.weights.rules import respelled
+
     source = source if source is not None and source.format == found.name else None
     with _saving(model):
         own = _own_tensors(model)
@@ -411,13 +474,8 @@ def _prepare_hf(model: BaseModel, max_shard_size: int | str) -> Callable[[Path],
     for name, tensor in (source.tensors if source else {}).items():
         tensors.setdefault(name, tensor)
     content = _hf_config(model, found, source, {name: tuple(t.shape) for name, t in tensors.items()})
-
-    def write(folder: Path) -> None:
-        with _saving(model):
-            write_shards(folder, tensors, max_shard_size)
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    return write
+    spelling = {} if source is None else source.spelling
+    return {respelled(name, spelling): tensor for name, tensor in tensors.items()}, content
 
 
 def _check_composition(model: BaseModel, found: Format) -> None:

@@ -164,10 +164,11 @@ def _describe_settings(settings: Settings, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
-    print("\n".join(_lines(summary)))
+    print("\n".join(description(summary)))
 
 
-def _lines(summary: dict[str, Any], path: str = "") -> list[str]:
+def description(summary: dict[str, Any], path: str = "") -> list[str]:
+    """What `describe` returned as lines for people; `path` leads to a nested model."""
     title = f"{summary['model']}: {summary['parameters']:,} parameters, {summary['trainable']:,} trainable"
     rows = [("transformer", summary["transformer"])]
     for name, entry in summary["mixins"].items():
@@ -182,7 +183,7 @@ def _lines(summary: dict[str, Any], path: str = "") -> list[str]:
     lines += ["", *(f"  {hook:<{widths[0]}}  {where:<{widths[1]}}  {chain}" for hook, where, chain in table)]
     for nested_path, nested in summary["nested"].items():
         if "." not in path:
-            lines += ["", *_lines(nested, f"{path}/{nested_path}" if path else nested_path)]
+            lines += ["", *description(nested, f"{path}/{nested_path}" if path else nested_path)]
     return lines
 
 

@@ -147,7 +147,10 @@ class VisionTowerConfig(TransformerConfig):
         in_channels: colour channels.
         cls_token: a learned token before the patches.
         patch_bias: whether the patch convolution has a bias.
+        crop: leave out what lies beyond the last whole patch, where image_size is no multiple of patch_size.
         output: what comes out: `patches` [m, patches, h], or `tokens`, which has the cls token as well.
+        output_norm: patches and tokens go through the final norm, if there is one. False keeps its weights unused.
+            Pooled outputs go through it always.
         stem_channels, stem_depth: early convolutions (see `PatchEmbeddingMixin`); the released towers have none.
     """
 
@@ -162,7 +165,9 @@ class VisionTowerConfig(TransformerConfig):
     in_channels: int = 3
     cls_token: bool = True
     patch_bias: bool = True
+    crop: bool = False
     output: str = "patches"
+    output_norm: bool = True
     stem_channels: list[int] = field(default_factory=list)
     stem_depth: int = 0
 
@@ -170,7 +175,7 @@ class VisionTowerConfig(TransformerConfig):
         if self.output not in self.outputs:
             choices = ", ".join(self.outputs)
             raise ValueError(f"{type(self).__name__}.output is {self.output!r}; choose one of {choices}.")
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.crop:
             raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch_size}.")
         self.max_positions = self.grid**2 + self.cls_token
         super().__post_init__()

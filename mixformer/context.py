@@ -27,6 +27,7 @@ class Context:
         position_ids: [b, s] ([1, s] where all rows are alike), or None until the plan is complete.
         known_positions: (ids, bound, counted) of position ids that were filled in: none of them reaches the bound, if
             one is known, and with counted each row goes on by one per slot. Void once `position_ids` is another tensor.
+        following: (ids, next) likewise, with the position [b] of the token that comes after them, for the cache.
         mask: a mask description during `plan`, lowered before the first layer. Padding is no part of it.
         valid: [b, t] bool, True on the real keys, or None when there is no padding.
         cache: the KVCache or None.
@@ -52,6 +53,7 @@ class Context:
         self.attention_mask = attention_mask
         self.position_ids = position_ids
         self.known_positions: tuple[torch.Tensor, int | None, bool] | None = None
+        self.following: tuple[torch.Tensor, torch.Tensor] | None = None
         self._position_steps: torch.Tensor | None = None
         self.mask: Mask | LoweredMask | None = None
         self.valid = attention_mask
@@ -89,17 +91,17 @@ class Context:
             positions = torch.arange(num_tokens, device=self.input_ids.device)[None]
         else:
             assert self.position_steps is not None
-            positions = (self.position_steps.cumsum(1) - 1).clamp_min(0)
-        self.position_ids = positions if cache is None else positions + cache.next_position[:, None]
+            positions = self.position_steps.cumsum(1) - 1
+        positions = positions if cache is None else positions + cache.next_position[:, None]
+        self.position_ids = positions if counted else positions.clamp_min(0)
+        if cache is not None and not counted:
+            self.following = self.position_ids, positions[:, -1] + 1
         if usual and not torch.compiler.is_compiling():
             bound = num_tokens if cache is None else cache.capacity if cache.usual_positions else None
             self.known_positions = self.position_ids, bound, counted
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
-        """Send token groups through branches of their own: `ctx.route(x, text=old_impl, image=expert)`.
-
-        See `mixformer.routes.route_tokens`.
-        """
+        """Send token groups through branches: `ctx.route(x, text=old_impl, image=expert)`, see `routes.route_tokens`."""
         return route_tokens(self, x, branches)
 
     def require(self, name: str) -> Any:
@@ -120,5 +122,5 @@ class Context:
         """A copy to run with: the planned integers are shared, what layers are given to read is its own."""
         ctx = Context(self.input_ids, self.attention_mask, self.position_ids, self.cache, inputs, self.declared)
         ctx.mask, ctx.valid, ctx.routes, ctx.shared = self.mask, self.valid, self.routes, dict(self.shared)
-        ctx.known_positions = self.known_positions
+        ctx.known_positions, ctx.following = self.known_positions, self.following
         return ctx

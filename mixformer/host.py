@@ -148,7 +148,7 @@ class MixinHost(nn.Module):
         taken = hasattr(nn.ModuleDict, name) or (hasattr(self.mixins, name) and name not in self.mixins)
         if taken or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"'{name}' cannot name a mixin. Take a word of letters, digits and underscores.")
-        sites = layer_sites(self.transformer.layers[0]) + model_sites(self)
+        sites = [site for layer in self.transformer.layers[:1] for site in layer_sites(layer)] + model_sites(self)
         if name in {site.name for site in sites if site.name.split(".")[0] not in self.mixins}:
             raise ValueError(
                 f"'{name}' cannot name a mixin of this model: one of the backbone's own Linears or norms is the site "

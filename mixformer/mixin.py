@@ -36,7 +36,7 @@ class BaseMixin(nn.Module):
         super().__init_subclass__(**kwargs)
         check_class(cls)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> BaseMixin:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> BaseMixin:
         mixin = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(mixin, *args, **kwargs)

@@ -186,9 +186,7 @@ class BaseModel(MixinHost):
             hidden_states = hidden_states[:, -1:]
         logits = hooks.final_forward(hidden_states, ctx)
         if cache is not None:
-            known = ctx.known_positions
-            counted = known is not None and known[2] and known[0] is ctx.position_ids
-            cache.advance(num_tokens, None if counted else ctx.position_ids)
+            cache.advance(num_tokens, ctx)
         return Output(logits, {key: hidden[key] for key in hidden_layers}, ctx.losses, ctx.outputs)
 
     def forward(

@@ -72,9 +72,7 @@ class LanguageObjective:
         Raises:
             ValueError: no labels, or labels of another shape than the logits.
         """
-        inputs, labels = _take(batch, "labels")
-        out = model.run(**inputs)
-        _require_aligned(out.logits, labels)
+        out, labels = _run(model, batch)
         logits, labels = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         for ignored in self.ignored_ids:
             labels = labels.masked_fill(labels == ignored, IGNORED_LABEL)
@@ -108,10 +106,8 @@ class MaskedLanguageObjective:
         Raises:
             ValueError: no labels, labels of another shape than the logits, or a model without a sentence head.
         """
-        inputs, labels = _take(batch, "labels")
-        sentence_labels = inputs.pop("next_sentence_labels", None)
-        out = model.run(**inputs)
-        _require_aligned(out.logits, labels)
+        sentence_labels = batch.get("next_sentence_labels")
+        out, labels = _run(model, {name: value for name, value in batch.items() if name != "next_sentence_labels"})
         losses = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
         found = {"masked_language": _mean(losses, labels.flatten())}
         if sentence_labels is not None:
@@ -149,9 +145,7 @@ class ClassificationObjective:
         Raises:
             ValueError: no labels, or another number of labels than of logits.
         """
-        inputs, labels = _take(batch, "labels")
-        out = model.run(**inputs)
-        _require_aligned(out.logits, labels)
+        out, labels = _run(model, batch)
         return {"classification": F.cross_entropy(out.logits.float(), labels), **out.losses}
 
 
@@ -168,26 +162,24 @@ class SquaredDistanceObjective:
         Raises:
             ValueError: no labels, or another number of labels than of outputs.
         """
-        inputs, labels = _take(batch, "labels")
-        out = model.run(**inputs)
-        _require_aligned(out.logits, labels)
+        out, labels = _run(model, batch)
         return {"squared_distance": out.logits.float().gather(1, labels[:, None]).mean(), **out.losses}
 
 
-def _take(batch: Mapping[str, Any], name: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Part the labels from what the model reads."""
+def _run(model: Any, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
+    """Run the model on all of a batch but its `labels`; return its output and the labels, one for each output."""
     inputs = dict(batch)
-    if inputs.get(name) is None:
-        raise ValueError(f"The batch has no '{name}', only {', '.join(inputs) or 'nothing'}: it cannot be learnt from.")
-    return inputs, inputs.pop(name)
-
-
-def _require_aligned(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    if logits.shape[:-1] != labels.shape:
+    labels: torch.Tensor | None = inputs.pop("labels", None)
+    if labels is None:
+        names = ", ".join(inputs) or "nothing"
+        raise ValueError(f"The batch has no 'labels', only {names}: it cannot be learnt from.")
+    out = model.run(**inputs)
+    if out.logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: every output "
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(out.logits.shape)}: every output "
             f"takes one label, {IGNORED_LABEL} where nothing is learnt."
         )
+    return out, labels
 
 
 def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

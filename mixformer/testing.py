@@ -76,7 +76,8 @@ def check_mixin(
         name: the mixin's name in the model; `replacing`, or "checked", by default.
         layers: its layer scope, as of `add_mixin`.
         replacing: a mixin of the model to take out first, when the new one does the same job.
-        extra_inputs: [1, s] token ids of a row -> its further forward inputs, [1, ...] each.
+        extra_inputs: [1, s] token ids of a row (of a tower, the picture [1, 3, y, x]) -> its further forward inputs,
+            [1, ...] each.
         compile: check `torch.compile(fullgraph=True)` as well, which takes seconds.
         tolerance: for what holds up to rounding, relative to the largest value.
         seed: of the inputs and of the jitter that moves all parameters off zero and one.
@@ -305,22 +306,21 @@ class _Check:
     ) -> list[Row]:
         generator = torch.Generator().manual_seed(self.seed)
         if self.is_tower:
-            patches = (
-                next(m for m in model.mixins.values() if hasattr(m, "image_size"))
-                if len(model.mixins)
-                else None
-            )
+            patches = next((m for m in model.mixins.values() if hasattr(m, "image_size")), None)
             side = getattr(patches or self.make_mixin(), "image_size", 0)
-            return [{"images": torch.randn(1, 3, side, side, generator=generator)} for _ in images]
+            channels = getattr(patches or self.make_mixin(), "in_channels", 3)
+            rows = [{"images": torch.randn(1, channels, side, side, generator=generator)} for _ in images]
+            return [self.with_extra(model, row, row["images"]) for row in rows]
         rows = []
         for index, num_images in enumerate(images):
             num_tokens = lengths[index] if lengths else 8
             row = sample_row(model, num_images, num_tokens, generator, gap)
-            if self.extra_inputs is not None:
-                given = self.extra_inputs(row["input_ids"])
-                row |= {name: value for name, value in given.items() if name in model.declared}
-            rows.append(row)
+            rows.append(self.with_extra(model, row, row["input_ids"]))
         return rows
+
+    def with_extra(self, model: BaseModel, row: Row, main: torch.Tensor) -> Row:
+        given = {} if self.extra_inputs is None else self.extra_inputs(main)
+        return row | {name: value for name, value in given.items() if name in model.declared}
 
     def together(self, rows: list[Row], side: str = "left") -> Row:
         if self.is_tower:
@@ -509,7 +509,7 @@ class _Check:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         for _ in range(2):
             optimizer.zero_grad()
-            loss = model(**self.batch).square().mean()
+            loss = torch.stack([result.square().mean() for result in self.results(model)]).sum()
             if loss.requires_grad:
                 loss.backward()
             optimizer.step()
@@ -548,7 +548,7 @@ class _Check:
             if value.shape[:2] == shape:
                 if name != "token_type_ids" or start == 0:
                     part[name] = value[:, start : start + size]
-            elif start == 0 or name not in ("images", "cross_images"):
+            elif start == 0 or name not in ("images", "cross_images", "prefix_lengths"):
                 part[name] = value
         return part
 
@@ -583,8 +583,10 @@ class _Check:
         if self.is_tower or _of_type(self.model, ImageTokensMixin) is None:
             self.skip(label, "the model takes no images in its sequence")
             return
-        if self.model.config.positions == "learned":
-            self.skip(label, "learned positions are part of the embeddings")
+        added = {"position_embedding_forward", "embedding_norm_forward"}
+        others = [mixin for mixin in self.model.mixins.values() if not isinstance(mixin, ImageTokensMixin)]
+        if self.model.config.positions == "learned" or any(added.intersection(mixin.hooks()) for mixin in others):
+            self.skip(label, "positions are part of the embeddings")
             return
         apart, adjacent = (self.rows(self.model, (2,), (8,), gap)[0] for gap in (True, False))
         adjacent["images"], pictures = apart["images"], {}
@@ -603,11 +605,16 @@ class _Check:
         ]
         self.close(label, found)
 
+    def results(self, model: BaseModel) -> list[torch.Tensor]:
+        """The logits, and what mixins give beside them."""
+        out = model.run(**self.batch)
+        return [out.logits, *(result for result in out.outputs.values() if result.is_floating_point())]
+
     def gradients(self, model: BaseModel) -> dict[str, torch.Tensor | None]:
         model.zero_grad()
-        output = model(**self.batch)
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(self.seed))
-        (output * weights).mean().backward()
+        generator = torch.Generator().manual_seed(self.seed)
+        found = [(result * torch.randn(result.shape, generator=generator)).mean() for result in self.results(model)]
+        torch.stack(found).sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     def check_gradients(self) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from mixformer import BaseModel, TransformerConfig
 from mixformer.config import VisionTowerConfig
-from mixformer.mixins import PatchEmbeddingMixin, QVBiasMixin, Rotary2DMixin, StoredHeadMixin, SubNormMixin
+from mixformer.mixins import QVBiasMixin, Rotary2DMixin, StoredHeadMixin, SubNormMixin
+from models.vit import VisionTower
 
 
 @dataclass
@@ -21,16 +20,10 @@ class EVA2CLIPEConfig(VisionTowerConfig):
     norm_order: str = "res_post"
 
 
-class EVA2CLIPE(BaseModel):
+class EVA2CLIPE(VisionTower):
     """x + LN(f(x)) blocks over patches with learned positions; features [m, patches, 1792]."""
 
-    Config: ClassVar[type[TransformerConfig]] = EVA2CLIPEConfig
-    config: VisionTowerConfig
-
-    def compose(self) -> None:
-        config = self.config
-        patches = (config.image_size, config.patch_size, config.in_channels, config.stem_channels, config.stem_depth)
-        self.add_mixin("patches", PatchEmbeddingMixin(*patches))
+    Config = EVA2CLIPEConfig
 
 
 @dataclass
@@ -55,7 +48,7 @@ class EVA2CLIPLConfig(VisionTowerConfig):
     stored_head_size: int = 768
 
 
-class EVA2CLIPL(EVA2CLIPE):
+class EVA2CLIPL(VisionTower):
     """Pre-norm blocks with sub-LN, SwiGLU, learned and 2-D rotary positions; features [m, patches, 1024]."""
 
     Config = EVA2CLIPLConfig

@@ -178,6 +178,17 @@ def test_a_given_position_id_moves_the_next_one(make: Make) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
+def test_a_row_whose_first_chunk_is_all_padding_starts_at_position_zero(make: Make, static: bool) -> None:
+    model = make("llama")
+    ids, mask = torch.tensor([[3, 1, 4, 1, 5, 9]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
+    cache, expected = KVCache(model, 1, 6, static=static), model(ids[:, 4:])
+    model(ids[:, :3], mask[:, :3], cache=cache)
+    assert cache.next_position.tolist() == [0]
+    close(model(ids[:, 3:], mask[:, 3:], cache=cache)[:, 1:], expected)
+    assert cache.next_position.tolist() == [2]
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_a_refused_batch_leaves_no_padding_behind(make: Make, static: bool) -> None:
     model = make("cogvlm")
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])

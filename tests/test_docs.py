@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import math
 import re
 import shlex
 import shutil
@@ -71,15 +72,31 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_the_example_composes_saves_loads_and_leaves_no_trace(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def run_example(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    specification = importlib.util.spec_from_file_location("compose_variant", ROOT / "examples" / "compose_variant.py")
+    specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     module.main()
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_example_composes_saves_loads_and_leaves_no_trace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run_example("compose_variant", capsys, monkeypatch)
     assert re.search(r"mlp_forward +layers 1, 3 +default <- mlp_gate\n", text)
     assert "loaded again, same logits: True" in text and "both removed, plain again: True" in text
+
+
+def test_a_variant_that_no_paper_has_is_composed_trained_and_described(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = run_example("compose_vlm", capsys, monkeypatch)
+    assert float(re.findall(r"'language': ([\d.]+)", text)[0]) < 4.6 < math.log(119), "it learned nothing"
+    assert re.search(r"qkv_forward +layers 0, 4 +default <- expert\n", text)
+    assert re.search(r"cross_attention_forward +all layers +default <- cross <- cross_gate\n", text)
+    source = (ROOT / "examples" / "compose_vlm.py").read_text(encoding="utf-8")
+    assert len([line for line in source[source.index("class ") :].splitlines() if line.strip()]) < 30

@@ -110,10 +110,10 @@ class ImageTokensMixin(BaseMixin):
         """[m, 3, y, x] (or features [m, N, c]) -> [m, K, h], boi and eoi included; inputs as the tower's."""
         features, options = images.to(next(self.projector.parameters()).dtype), {}
         if self.tower is not None:
-            out = self.tower.run(images=features, **inputs)
-            features = out.logits if out.logits.dim() == 3 else out.logits[:, None]
-            if self.adapter_config.takes_mask and "valid" in out.outputs:
-                options = {"mask": out.outputs["valid"]}
+            plan = self.tower.plan(images=features, **inputs)
+            options = {"mask": plan.valid} if self.adapter_config.takes_mask else {}
+            features = self.tower(plan=plan, images=features, **inputs)
+            features = features if features.dim() == 3 else features[:, None]
         features = self.projector(features, **options)
         if not self.marks:
             return features

@@ -50,29 +50,31 @@ class PatchEmbeddingMixin(BaseMixin):
             convolution; each stage halves what is left of the patch for the last one.
         stem_depth: residual convolutions in each stage but the first. What the second stage gives is at
             `ctx.shared["{name}.stem"]` for mixins that look at it.
-        cls: whether there is a cls token.
+        cls_token: whether there is a cls token.
         bias: whether the patch convolution has one.
         drop_cls: leave the cls token out of what comes out.
+        crop: leave out what lies beyond the last whole patch, where image_size is no multiple of patch_size (only
+            without a stem).
 
     Raises:
         ValueError: sizes that do not divide.
     """
 
-    inputs = ("images",)
+    inputs: tuple[str, ...] = ("images",)
     whole_sequence = True
 
     def __init__(
         self, image_size: int, patch_size: int, in_channels: int = 3, stem_channels: list[int] | None = None,
-        stem_depth: int = 0, cls: bool = True, bias: bool = True, drop_cls: bool = True,
+        stem_depth: int = 0, cls_token: bool = True, bias: bool = True, drop_cls: bool = True, crop: bool = False,
     ) -> None:
         super().__init__()
         self.stem_channels = list(stem_channels or [])
-        if image_size % patch_size:
+        if image_size % patch_size and (self.stem_channels or not crop):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}.")
         if patch_size % 2 ** len(self.stem_channels):
             raise ValueError(f"patch_size {patch_size} cannot be halved {len(self.stem_channels)} times by the stem.")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.stem_depth, self.has_cls, self.bias, self.drop_cls = stem_depth, cls, bias, drop_cls and cls
+        self.stem_depth, self.cls_token, self.bias, self.drop_cls = stem_depth, cls_token, bias, drop_cls and cls_token
 
     def build(self, model: Any) -> None:
         size = model.config.hidden_size
@@ -81,7 +83,7 @@ class PatchEmbeddingMixin(BaseMixin):
         self.stem = nn.ModuleList(stem)
         side = self.patch_size // 2 ** len(stem)
         self.conv = nn.Conv2d(widths[-1], size, side, side, bias=self.bias)
-        self.cls = nn.Parameter(normal(size, std=model.config.init_std)) if self.has_cls else None
+        self.cls = nn.Parameter(normal(size, std=model.config.init_std)) if self.cls_token else None
 
     def plan(self, ctx: Context) -> None:
         images = ctx.require("images")

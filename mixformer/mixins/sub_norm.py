@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from mixformer.context import Context
 from mixformer.hooks import wrap
-from mixformer.sites import Site, SiteMixin, make_norm
+from mixformer.sites import Linear, Site, SiteMixin, make_norm
 from mixformer.transformer import Layer
 
 
@@ -29,3 +31,20 @@ class SubNormMixin(SiteMixin):
         old_impl: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         return old_impl(layer.mixins[self.name][site.name](x, ctx))
+
+
+@torch.no_grad()
+def magneto_init(model: Any) -> None:
+    """Give the layers of a fresh model the initial weights that belong to sub-LN (arXiv:2210.06423, section 2.3).
+
+    They are Xavier-normal, with gain 1 for q and k and sqrt(ln 2L) for all others, for L layers without cross
+    attention. The model's own draws are scaled, so that its seed still tells them.
+    """
+    gain = math.sqrt(math.log(2 * model.config.num_layers))
+    for layer in model.transformer.layers:
+        for linear in [*layer.attention.modules(), *layer.mlp.modules()]:
+            if isinstance(linear, Linear):
+                for part, rows in (linear.parts or {"": slice(None)}).items():
+                    weight = linear.weight[rows]
+                    std = math.sqrt(2 / sum(weight.shape)) * (1.0 if part in ("q", "k") else gain)
+                    weight.mul_(std / linear.init_std)

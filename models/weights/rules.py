@@ -13,6 +13,7 @@ from mixformer.config import TransformerConfig
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Rule:
         foreign: the foreign name, or several (see `rows` and `copies`).
         rows: heights of the row blocks that `foreign` names one by one and we keep fused.
         leading: leading dimensions of size one that the foreign tensor has and ours does not.
+        transposed: the foreign matrices are [in, out], as GPT-2's are.
         copies: the foreign tensors are equal copies of ours; a file may have any number of them.
         num_written: copies that are written where no file tells which there were; None for all.
         default: makes our tensor from the model where the file has no copy; None where the tensor must be there.
@@ -33,6 +35,7 @@ class Rule:
     foreign: tuple[str, ...]
     rows: tuple[int, ...] = ()
     leading: int = 0
+    transposed: bool = False
     copies: bool = False
     num_written: int | None = None
     default: Callable[[Any], torch.Tensor] | None = None
@@ -50,6 +53,7 @@ class Rule:
 
     def shape(self, shapes: Sequence[Shape]) -> Shape | None:
         """The shape ours gets from foreign ones of these shapes, or None if they do not go together."""
+        shapes = [shape[::-1] for shape in shapes] if self.transposed else shapes
         first = shapes[0]
         if self.rows:
             fits = all(shape[:1] == (height,) for shape, height in zip(shapes, self.rows, strict=True))
@@ -64,27 +68,43 @@ class Rule:
         Raises:
             ValueError: copies that are not equal.
         """
+        tensors = [tensor.T for tensor in tensors] if self.transposed else tensors
         first = tensors[0]
         if self.rows:
             return torch.cat(list(tensors))
         for name, other in zip(self.foreign[1:], tensors[1:], strict=False):
             if not torch.equal(first, other):
                 raise ValueError(
-                    f"'{name}' differs from '{self.foreign[0]}', though the model has one '{self.own}' for all layers. "
+                    f"'{name}' differs from '{self.foreign[0]}', though the model has one '{self.own}' for both. "
                     f"The file is damaged, or of another model."
                 )
         return first.reshape(first.shape[self.leading :])
 
     def to_foreign(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ours as foreign tensors; views of it."""
-        if self.rows:
-            return dict(zip(self.foreign, tensor.split(list(self.rows)), strict=True))
-        return {name: tensor.reshape((1,) * self.leading + tuple(tensor.shape)) for name in self.foreign}
+        parts = tensor.split(list(self.rows)) if self.rows else [tensor] * len(self.foreign)
+        if self.transposed:
+            return {name: part.T for name, part in zip(self.foreign, parts, strict=True)}
+        shaped = [part.reshape((1,) * self.leading + tuple(part.shape)) for part in parts]
+        return dict(zip(self.foreign, shaped, strict=True))
 
 
 def rules_of(pairs: Mapping[str, str], own: str = "", foreign: str = "", leading: int = 0) -> list[Rule]:
     """One-to-one rules from a table {our name: foreign name}, with prefixes."""
     return [Rule(own + ours, (foreign + theirs,), leading=leading) for ours, theirs in pairs.items()]
+
+
+def fused(own: str, foreign: str, parts: Mapping[str, int], kinds: Sequence[str] = ("weight",)) -> list[Rule]:
+    """Rules of a module that we keep fused, such as qkv, and a foreign file has in parts.
+
+    Args:
+        own: our module.
+        foreign: prefix of the parts' names.
+        parts: {name of the part: its rows}, in order.
+        kinds: of its parameters.
+    """
+    rows = tuple(parts.values())
+    return [Rule(f"{own}.{kind}", tuple(f"{foreign}{part}.{kind}" for part in parts), rows=rows) for kind in kinds]
 
 
 def with_bias(pairs: Mapping[str, str]) -> dict[str, str]:
@@ -132,6 +152,8 @@ class Format:
         read_config: (config file, shapes in the weights) -> nested options of our config.
         rules: key table for a config.
         ignored: patterns of tensors that the model does not use; they are carried along to be written back.
+        renames: (pattern, replacement) pairs that turn other spellings of the tensors' names into those of `rules` and
+            `ignored`, one after the other; a file is written back as it was spelled.
         write_config: our config as the content of a config file; None for formats that are only read.
         lacks: options that the format cannot hold; they come from `overrides` or are the released constants.
         aliases: names that reference implementations have for options, for `overrides`; an empty target is a fact that
@@ -145,6 +167,7 @@ class Format:
     read_config: Callable[[dict[str, Any], Shapes], dict[str, Any]]
     rules: Callable[[Any], list[Rule]]
     ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     write_config: Callable[[Any], dict[str, Any]] | None = None
     lacks: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -153,6 +176,33 @@ class Format:
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of that name is carried along unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def renamed(self, name: str) -> str:
+        """A tensor's name as `rules` has it."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def spelling(names: Mapping[str, str]) -> dict[str, str]:
+    """What tells a file's spelling: {name as `rules` has it: name in the file}, with `*` for numbers where both agree.
+
+    Args:
+        names: the same of all tensors in the file.
+    """
+    found: dict[str, str] = {}
+    for name, spelled in names.items():
+        if name != spelled and _NUMBER.findall(name) == _NUMBER.findall(spelled):
+            found[_NUMBER.sub("*", name)] = _NUMBER.sub("*", spelled)
+    return found | {name: spelled for name, spelled in names.items() if respelled(name, found) != spelled}
+
+
+def respelled(name: str, spelling: Mapping[str, str]) -> str:
+    """A tensor's name in a file of that spelling."""
+    if name in spelling:
+        return spelling[name]
+    numbers = iter(_NUMBER.findall(name))
+    return re.sub(r"\*", lambda _: next(numbers), spelling.get(_NUMBER.sub("*", name), name))
 
 
 @dataclass
@@ -166,6 +216,7 @@ class Source:
         tensors: those that the model does not use.
         absent: tensors that the format may have and this file did not.
         dtype: of the model, if it was read in the file's own.
+        spelling: how the file spells names (see `respelled`).
     """
 
     format: str
@@ -174,9 +225,10 @@ class Source:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     dtype: str = ""
+    spelling: dict[str, str] = field(default_factory=dict)
 
 
 __all__ = [
-    "Format", "Rule", "Shape", "Shapes", "Source", "TransformerConfig", "count", "extent", "frequencies",
-    "rules_of", "with_bias",
+    "Format", "Rule", "Shape", "Shapes", "Source", "TransformerConfig", "count", "extent", "frequencies", "fused",
+    "respelled", "rules_of", "spelling", "with_bias",
 ]
