@@ -361,7 +361,7 @@ class Settings:
         set_keys = self.given.get("model") or {}
         own = recognise(self.weights) == "own"
         model = from_pretrained(
-            self.weights, dtype=self.torch_dtype(), device=device or self.device, mixins=self._mixin_classes(),
+            self.weights, dtype=self.torch_dtype(), device=device or self.device, mixins=self._known_classes(),
             overrides=None if own else _set_values(set_keys, self.model),
         )
         if not isinstance(model, self.model_class):
@@ -373,11 +373,11 @@ class Settings:
         self.apply_mixins(model)
         return model
 
-    def _mixin_classes(self) -> dict[str, type]:
-        """The classes that `mixins:` names, which a checkpoint may therefore ask for."""
+    def _known_classes(self) -> dict[str, type]:
+        """The model's class and those that `mixins:` names, which a checkpoint may therefore ask for."""
         paths = {name: mixin.class_path for name, mixin in self.mixins.items() if mixin is not None}
         classes = [import_class(path, f"mixins.{name}.class_path") for name, path in paths.items()]
-        return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
+        return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (self.model_class, *classes)}
 
     def apply_mixins(self, model: Any) -> None:
         """Add and remove what `mixins:` says, in its order. What a checkpoint already brought so is left as it is."""
@@ -839,9 +839,14 @@ def _say(error: Exception, name: str = "", where: str = "") -> str:
 def _set_values(given: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
     """The typed values of the keys that were set, nested as they are; options of a run are left out."""
     return {
-        key: _set_values(inner, getattr(wanted, key)) if isinstance(inner, Mapping) else getattr(wanted, key)
+        key: _set_values(_options(inner), getattr(wanted, key)) if isinstance(inner, Mapping) else getattr(wanted, key)
         for key, inner in given.items() if key not in RUN_OPTIONS
     }
+
+
+def _options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a nested section, which may name its class as well."""
+    return given.get("init_args") or {} if "class_path" in given else given
 
 
 def _compare(given: Mapping[str, Any], wanted: Any, found: Any, where: str, folder: Path) -> None:
@@ -852,8 +857,8 @@ def _compare(given: Mapping[str, Any], wanted: Any, found: Any, where: str, fold
     """
     for key, inner in given.items():
         ours, theirs = getattr(wanted, key), getattr(found, key, None)
-        if isinstance(inner, Mapping) and dataclasses.is_dataclass(theirs):
-            _compare(inner, ours, theirs, f"{where}.{key}", folder)
+        if isinstance(inner, Mapping) and dataclasses.is_dataclass(theirs) and type(ours) is type(theirs):
+            _compare(_options(inner), ours, theirs, f"{where}.{key}", folder)
         elif key in RUN_OPTIONS:
             setattr(found, key, ours)
         elif ours != theirs:

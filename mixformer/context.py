@@ -101,7 +101,7 @@ class Context:
             self.known_positions = self.position_ids, bound, counted
 
     def route(self, x: torch.Tensor, **branches: Callable[[torch.Tensor], Any]) -> Any:
-        """Send token groups through branches: `ctx.route(x, text=old_impl, image=expert)`, see `routes.route_tokens`."""
+        """Send token groups through branches, `ctx.route(x, text=old_impl, image=expert)`: see `route_tokens`."""
         return route_tokens(self, x, branches)
 
     def require(self, name: str) -> Any:

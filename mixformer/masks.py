@@ -124,7 +124,7 @@ class LoweredMask:
     """What attention gets: a boolean tensor, or the knowledge that none is needed.
 
     Attributes:
-        tensor: bool, broadcastable to [b, n, s, t], or None.
+        tensor: bool, or a bias added to the scores, broadcastable to [b, n, s, t]; or None.
         is_causal: use SDPA's own causal mask (only when s == t and there is no tensor).
     """
 
@@ -145,7 +145,7 @@ class LoweredMask:
         if tensor is None:
             slots = torch.arange(q.shape[2], device=q.device)
             tensor = Causal().allowed(slots, slots)[:, None]
-        return LoweredMask(F.pad(tensor, (num_keys, 0), value=True))
+        return LoweredMask(F.pad(tensor, (num_keys, 0), value=tensor.dtype == torch.bool))  # a bias of 0 otherwise
 
 
 def lower(

@@ -50,7 +50,8 @@ class BaseMixin(nn.Module):
     def options(self) -> dict[str, Any]:
         """The options it was made with, enough to make it again: `type(mixin)(**mixin.options)`."""
         options = dict(self.__dict__.get("_options", {}))
-        return {**options, **options.pop("kwargs", {})}
+        further = options.pop("kwargs", {})
+        return {**options, **further}
 
     def build(self, model: Any) -> None:
         """Make model-level parameters and submodules (keys `mixins.{name}.*`)."""

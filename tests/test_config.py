@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mixformer import BaseMixin, save_pretrained
 from mixformer.config import ChatConfig, make, read_settings
+from mixformer.connectors import ProjectorConfig
 from mixformer.mixins import CrossAttentionMixin, LoRAMixin
 from mixformer.train import Task
+from models.clipcap import ClipCap, PrefixConfig
 from models.cogagent import CogAgent
 from models.cogvlm import CogVLM
 from models.eva2_clip import EVA2CLIPLConfig
@@ -20,6 +23,12 @@ model_class: models.llama:LLaMA
 seed: 3
 model: {vocab_size: 20, hidden_size: 16, num_layers: 2, num_heads: 2, inner_hidden_size: 24}
 """
+
+
+class PrefixGPT2(ClipCap):
+    """ClipCap whose adapter may be of any kind."""
+
+    Config = PrefixConfig
 
 
 @dataclass
@@ -256,6 +265,23 @@ class TestWeights:
         file = write(saved[0], "{weights: weights, model: {hidden_size: 32}}")
         with pytest.raises(ValueError, match=r"model.hidden_size is 32, but the checkpoint .* has 16"):
             read_settings(LLaMA, file).load_model()
+
+    def test_nested_sections_that_name_a_class_are_compared_with_the_checkpoint(self, tmp_path: Path) -> None:
+        sizes = "{vocab_size: 20, hidden_size: 16, num_layers: 1, num_heads: 2, max_positions: 8, %s}"
+        vision = "vision: {hidden_size: 8, num_layers: 1, num_heads: 2, image_size: 28, patch_size: 14}"
+
+        def settings(adapter: str, start: str = "") -> Any:
+            chosen = f"{vision}, adapter: {{class_path: mixformer.connectors.{adapter}}}"
+            return read_settings(PrefixGPT2, write(tmp_path, f"{{{start}model: {sizes % chosen}}}"))
+
+        mapper = "ProjectorConfig, init_args: {tokens_per_feature: 3}"
+        save_pretrained(settings(mapper).build_model(), tmp_path / "weights")
+        loaded = settings(mapper, "weights: weights, ").load_model()
+        assert loaded.config.adapter == ProjectorConfig(tokens_per_feature=3)
+        with pytest.raises(ValueError, match=r"model.adapter.tokens_per_feature is 4, but the checkpoint .* has 3"):
+            settings("ProjectorConfig, init_args: {tokens_per_feature: 4}", "weights: weights, ").load_model()
+        with pytest.raises(ValueError, match=r"model.adapter is LDPConfig.*, but the checkpoint .* has Projector"):
+            settings("LDPConfig", "weights: weights, ").load_model()
 
     def test_options_of_a_run_are_put_into_the_loaded_model(self, saved: tuple[Path, LLaMA]) -> None:
         file = write(saved[0], "{weights: weights, model: {checkpoint_activations: true}}")

@@ -453,6 +453,17 @@ def test_copies_do_not_share_hooks_with_the_original(make: Make) -> None:
     assert torch.equal(model(IDS), expected) and not torch.equal(twin(IDS), expected)
 
 
+def test_options_passed_on_by_name_are_enough_to_make_a_mixin_again() -> None:
+    class Passing(RotaryMixin):
+        def __init__(self, factor: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.factor = factor
+
+    mixin = Passing(2.0, base=500.0)
+    assert mixin.options == {"factor": 2.0, "base": 500.0}
+    assert Passing(**mixin.options).base == 500.0
+
+
 def test_options_are_enough_to_make_a_mixin_again() -> None:
     mixin = RotaryMixin(500.0, tables="released")
     assert mixin.options == {"base": 500.0, "tables": "released"}

@@ -88,6 +88,12 @@ def test_prepended_keys_are_seen_by_all(mask: Mask) -> None:
     assert torch.equal(seen[:, 0, :, 3:], expected.expand(2, 7, 7))
 
 
+def test_keys_prepended_to_a_bias_get_none() -> None:
+    q, k, bias = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), torch.randn(1, 2, 4, 4)
+    longer = LoweredMask(bias).prepend(3, q, k).tensor
+    assert longer is not None and not longer[..., :3].any() and torch.equal(longer[..., 3:], bias)
+
+
 class Spy(BaseMixin):
     """Records what attention is given."""
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from mixformer.transformer import qkv_parts
 from models.bert import BERT
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, fused, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, fused, rules_of, with_bias
 
 EMBEDDINGS = {
     "transformer.position_embeddings.weight": "embeddings.position_embeddings.weight",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.clip import CLIP, CLIPVision
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, fused, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, fused, rules_of, with_bias
 
 LAYER = with_bias({
     "attention_norm": "layer_norm1",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from models.cogvlm import CogVLM
-from models.weights.eva2_clip import activation, e_config, e_options, e_rules, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, extent, frequencies, rules_of
+from models.weights.eva2_clip import e_config, e_options, e_rules
+from models.weights.rules import Format, Rule, Shapes, activation, extent, foreign_activation, frequencies, rules_of
 
 TOP = {
     "transformer.word_embeddings.weight": "model.embed_tokens.weight",

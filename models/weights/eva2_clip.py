@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from models.eva2_clip import EVA2CLIPE, EVA2CLIPL
-from models.weights.rules import Format, Rule, Shapes, count, extent, rules_of, with_bias
-
-ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu", "relu": "relu",
-}
+from models.weights.rules import (
+    Format,
+    Rule,
+    Shapes,
+    activation,
+    count,
+    extent,
+    foreign_activation,
+    rules_of,
+    with_bias,
+)
 
 E_PATCHES = {
     "mixins.patches.conv.weight": "patch_embedding.proj.weight",
@@ -144,22 +149,6 @@ def l_heads(options: dict[str, Any]) -> dict[str, Any]:
             )
         options["num_heads"] = options["hidden_size"] // head_size
     return options
-
-
-def activation(name: str) -> str:
-    """Our name of an activation.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"the activation '{name}' is not known. Known: {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
-
-
-def foreign_activation(name: str) -> str:
-    """HF's name of an activation."""
-    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 
 def resize_positions(table: torch.Tensor, grid: int, num_kept: int = 1) -> torch.Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.gpt2 import GPT2
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, rules_of, with_bias
 
 TOP = {
     "transformer.position_embeddings.weight": "wpe.weight",

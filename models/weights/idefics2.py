@@ -8,8 +8,7 @@ from mixformer.connectors import ProjectorConfig
 from models.idefics2 import Idefics2
 from models.weights import llama, siglip
 from models.weights.clip import foreign_sizes, picture_config
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, rules_of
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, rules_of
 
 RESAMPLER = "mixins.image.projector."
 PROJECTION = {

@@ -8,7 +8,6 @@ from mixformer.connectors import ProjectorConfig
 from models.intern_vit import InternViTConfig
 from models.internvl import InternVL
 from models.weights import intern_vit
-from models.weights.eva2_clip import activation
 from models.weights.llava import (
     IGNORED,
     LINEARS,
@@ -22,7 +21,7 @@ from models.weights.llava import (
     require_parts,
     selected,
 )
-from models.weights.rules import Format, Rule, Shapes, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, activation, rules_of, with_bias
 
 NORM = with_bias({"norms.0": "layer_norm"})
 

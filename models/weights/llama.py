@@ -6,8 +6,7 @@ from typing import Any
 
 from mixformer.transformer import qkv_parts
 from models.llama import LLaMA
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, fused, rules_of
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, fused, rules_of
 
 TOP = {"transformer.final_norm.weight": "norm.weight"}
 NORMS = {"attention_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"}

@@ -9,8 +9,7 @@ from mixformer.connectors import ProjectorConfig
 from models.clip import CLIPVisionConfig
 from models.llava import LLaVA
 from models.weights import clip, llama
-from models.weights.eva2_clip import activation, foreign_activation
-from models.weights.rules import Format, Rule, Shapes, rules_of
+from models.weights.rules import Format, Rule, Shapes, activation, foreign_activation, rules_of
 
 TOWER, PROJECTOR = "mixins.image.tower.", "mixins.image.projector."
 LINEARS = {

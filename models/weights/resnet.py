@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.resnet import ResNet
-from models.weights.rules import Format, Rule, Shapes, extent, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, extent, label_names, rules_of, with_bias
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 HEAD = with_bias({"mixins.head.linear": "classifier.1"})
@@ -61,10 +61,7 @@ def _write(config: Any) -> dict[str, Any]:
         "num_channels": config.in_channels,
     }
     if config.output == "logits":
-        names = [f"LABEL_{index}" for index in range(config.num_classes)]
-        content["architectures"] = ["ResNetForImageClassification"]
-        content["id2label"] = {str(index): name for index, name in enumerate(names)}
-        content["label2id"] = {name: index for index, name in enumerate(names)}
+        content.update(architectures=["ResNetForImageClassification"], **label_names(config.num_classes))
     return content
 
 

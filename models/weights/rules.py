@@ -11,6 +11,10 @@ import torch
 
 from mixformer.config import TransformerConfig
 
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu", "relu": "relu",
+}
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 _NUMBER = re.compile(r"\d+")
@@ -87,6 +91,31 @@ class Rule:
             return {name: part.T for name, part in zip(self.foreign, parts, strict=True)}
         shaped = [part.reshape((1,) * self.leading + tuple(part.shape)) for part in parts]
         return dict(zip(self.foreign, shaped, strict=True))
+
+
+def activation(name: str) -> str:
+    """Our name of an activation.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation '{name}' is not known. Known: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def foreign_activation(name: str) -> str:
+    """HF's name of an activation."""
+    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+
+
+def label_names(num_classes: int) -> dict[str, Any]:
+    """What config.json of a classifier says of its classes."""
+    names = [f"LABEL_{index}" for index in range(num_classes)]
+    return {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
 
 
 def rules_of(pairs: Mapping[str, str], own: str = "", foreign: str = "", leading: int = 0) -> list[Rule]:
@@ -229,6 +258,6 @@ class Source:
 
 
 __all__ = [
-    "Format", "Rule", "Shape", "Shapes", "Source", "TransformerConfig", "count", "extent", "frequencies", "fused",
-    "respelled", "rules_of", "spelling", "with_bias",
+    "Format", "Rule", "Shape", "Shapes", "Source", "TransformerConfig", "activation", "count", "extent",
+    "foreign_activation", "frequencies", "fused", "label_names", "respelled", "rules_of", "spelling", "with_bias",
 ]

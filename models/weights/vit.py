@@ -6,7 +6,7 @@ from typing import Any
 
 from models.vit import ViT
 from models.weights.clip import foreign_sizes, picture_config, picture_options, sizes
-from models.weights.rules import Format, Rule, Shapes, extent, fused, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, extent, fused, label_names, rules_of, with_bias
 
 PATCHES = with_bias({"mixins.patches.conv": "embeddings.patch_embeddings.projection"})
 LAYER = with_bias({
@@ -60,11 +60,7 @@ def _write(config: Any) -> dict[str, Any]:
         "architectures": ["ViTModel"],
     }
     if config.output == "logits":
-        names = {str(i): f"LABEL_{i}" for i in range(config.num_classes)}
-        content.update(
-            architectures=["ViTForImageClassification"], id2label=names,
-            label2id={name: int(i) for i, name in names.items()},
-        )
+        content.update(architectures=["ViTForImageClassification"], **label_names(config.num_classes))
     return content
 
 

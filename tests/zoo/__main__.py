@@ -17,15 +17,15 @@ TITLES = {
 }
 INTRODUCTION = f"""# The zoo
 
-Every system here is a short list of mixins on the one backbone. This page is made from the code by `python -m tests.zoo`, which
+Every system here is a short list of mixins on the one backbone. This page is made from the code: `python -m tests.zoo`
 builds each system, counts it, and runs it beside its reference; `tests/zoo/` has one file a system that says how.
 
 - *Lines* are those of the file that composes the system, comments and all.
 - *Parameters* are counted on the meta device and compared with the number of the source given below each table.
-- *Difference* is the largest absolute one of all outputs compared, in fp32, at a tiny size at which every parameter was moved away
-  from its initial value. Tests allow {TOLERANCE:.0e}; inputs, paddings and losses that were compared are in `tests/zoo/`.
-- *Trained* are the stages of the paper (`--train.stages`, `trains: NAME`) as patterns over parameter names; `-` marks what stays
-  frozen.
+- *Difference* is the largest absolute one of all outputs compared, in fp32, at a tiny size at which every parameter was
+  moved away from its initial value. Tests allow {TOLERANCE:.0e}; what was compared is said in `tests/zoo/`.
+- *Trained* are the stages of the paper (`trains: NAME` in a stage of a configuration file) as patterns over parameter
+  names; `-` marks what stays frozen.
 
 Run any of them at its tiny size, or describe a published one:
 
