@@ -27,7 +27,7 @@ class HookPoints:
         """[b, s, h] -> [b, s, h], once before layer 0. Default: the configured norm or identity."""
 
     def attention_mask_forward(self, mask, ctx):  # type: ignore[no-untyped-def]
-        """Mask description -> mask description, once per forward. Default: as given."""
+        """Mask description, padding left out, -> mask description, once per forward. Default: as given."""
 
     def final_forward(self, hidden_states, ctx):  # type: ignore[no-untyped-def]
         """[..., h] after the final norm -> [..., v]. Default: tied output; the hidden states in towers.

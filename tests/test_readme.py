@@ -78,15 +78,23 @@ def test_the_two_commands_are_one_line_each_and_name_files_that_exist() -> None:
     assert configs and all((ROOT / path).is_file() for path in configs)
 
 
-def test_the_other_commands_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_commands_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
+    classes = {"models.cogagent": "CogAgent", "models.llava": "LLaVA"}
     shells = [code for language, code in blocks(TEXT)[1:] if language == "bash"]
     commands = [shlex.split(line) for code in shells for line in code.splitlines()]
     assert commands
     for python, flag, module, *arguments in commands:
-        assert (python, flag, module) == ("python", "-m", "models.cogagent")
-        main("models.cogagent:CogAgent", arguments)
-        assert capsys.readouterr().out.startswith("CogAgent: ")
+        assert (python, flag) == ("python", "-m")
+        if "train" in arguments:
+            main(f"{module}:{classes[module]}", [*arguments, "--train.output", str(tmp_path / module)])
+            assert (tmp_path / module / "model.safetensors").is_file()
+            capsys.readouterr()
+        else:
+            main(f"{module}:{classes[module]}", arguments)
+            assert capsys.readouterr().out.startswith(f"{classes[module]}: ")
 
 
 def test_the_jobs_named_are_the_jobs_there_are() -> None:
@@ -114,3 +122,13 @@ def test_the_scores_in_the_readme_are_the_recorded_ones() -> None:
     assert found is not None
     said = [float(number) for number in found.groups()]
     assert said == [recorded["pages"], recorded["grounding"], recorded["reading"]]
+
+
+def test_what_is_said_about_the_zoo_is_so() -> None:
+    from models.weights import HF_FORMATS
+
+    assert len(HF_FORMATS) == 20 and "twenty types" in TEXT
+    page = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    listed = TEXT[TEXT.index("## The zoo") : TEXT.index(" and more are files")].split("\n", 1)[1]
+    assert len(names := re.split(r",\s+", listed.strip())) > 15
+    assert all(f"[{name}" in page for name in names)
