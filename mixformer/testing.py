@@ -414,7 +414,8 @@ class _Check:
             return
         for method in ("build", "build_layer", "on_attach"):
             mixin = self.make_mixin()
-            if method == "build_layer" and type(mixin).build_layer is BaseMixin.build_layer:
+            has_parts = type(mixin).build_layer is not BaseMixin.build_layer and len(model.transformer.layers)
+            if method == "build_layer" and not has_parts:
                 continue
             mixin.__dict__[method] = _failing(getattr(mixin, method))
             try:

@@ -18,7 +18,13 @@ from mixformer.config import make, read_settings
 from mixformer.connectors import ProjectorConfig
 from mixformer.data.causal_mask import CausalMaskTransform
 from mixformer.generate import generate
-from mixformer.mixins import ImageBesideMixin, ImageRegionsMixin, PrefixMaskMixin, SinusoidalPositionMixin
+from mixformer.mixins import (
+    FrameEmbeddingMixin,
+    ImageBesideMixin,
+    ImageRegionsMixin,
+    PrefixMaskMixin,
+    SinusoidalPositionMixin,
+)
 from mixformer.testing import check_mixin, collate, jitter, tiny_model
 from models.bert import BERT, BERTConfig
 from models.clip import CLIPVisionConfig
@@ -535,6 +541,14 @@ def test_a_released_configuration_is_the_published_size(
     assert options == {
         "norm_eps": 1e-12, "activation": "gelu", "norm_order": "post", "causal": system is git.SYSTEM,
     }
+
+
+def test_every_property_holds_for_the_places_of_frames() -> None:
+    vision = dataclasses.replace(tiny_vision(), patch_size=4)
+    check_mixin(
+        lambda: FrameEmbeddingMixin(3), lambda: vision.build(),
+        extra_inputs=lambda images: {"frame_ids": torch.full(images.shape[:1], int(images.sum() > 0))},
+    )
 
 
 def test_frames_run_in_one_compiled_graph() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from mixformer import from_pretrained
 from mixformer.cli import main
 from mixformer.config import read_settings
+from mixformer.mixins import LoRAMixin
+from mixformer.testing import check_mixin
 from tests.zoo.harness import ROOT, TOLERANCE, Size, System, systems
 
 SYSTEMS = systems()
@@ -46,6 +49,20 @@ def test_every_stage_trains_something_that_is_there(system: System) -> None:
     for stage, trained in model_class.stages.items():
         for pattern in [*trained.trainable, *trained.frozen]:
             assert any(fnmatchcase(name, pattern) for name in names), f"{stage}: {pattern}"
+
+
+@each_system
+def test_every_composition_has_every_property(system: System) -> None:
+    pairs = system.key == "clip"  # its pictures stand beside the texts, and random texts have no end
+    settings = read_settings(system.model_class, system.tiny, ["--model.eos_token_id", "null"] if pairs else [], ())
+
+    def picture(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        side, generator = settings.model.vision.image_size, torch.Generator().manual_seed(int(ids.sum()))
+        return {"images": torch.randn(1, 3, side, side, generator=generator)}
+
+    lora = functools.partial(LoRAMixin, ["*"], rank=2)
+    report = check_mixin(lora, settings.build_model, extra_inputs=picture if pairs else None)
+    assert len([value for value in report.values() if not isinstance(value, str)]) >= 8, str(report)
 
 
 @each_system
