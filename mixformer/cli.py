@@ -240,6 +240,9 @@ def _chat(settings: Settings, as_json: bool) -> None:
     from mixformer.conversation import Conversation
 
     chat = settings.chat
+    if not (settings.model.causal and settings.model.vocab_size):
+        name = settings.model_class.__name__
+        raise ValueError(f"{name} writes no text, so it cannot chat. Its jobs are train, evaluate and describe.")
     if chat.prompt is None and not chat.interactive:
         raise ValueError("There is no question. Give --prompt TEXT, or chat.prompt in the configuration file.")
     if settings.weights is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -98,10 +99,14 @@ def test_the_command_trains_and_the_result_answers(
         }
     changed = {name for name in names if not torch.equal(fresh[name], trained.state_dict()[name])}
     assert changed and changed <= moved
+    asked = ["--prompt", "What is this?"]
+    if system.images:
+        asked += ["--image", str(next((ROOT / "examples" / "zoo" / "shapes").glob("*.png")))]
+    asked += ["--weights", str(tmp_path / "trained"), "--chat.max_new_tokens", "4", "--json"]
     if system.chats:
-        asked = ["--prompt", "What is this?"]
-        if system.images:
-            asked += ["--image", str(next((ROOT / "examples" / "zoo" / "shapes").glob("*.png")))]
-        asked += ["--weights", str(tmp_path / "trained"), "--chat.max_new_tokens", "4", "--json"]
         main(system.model, [*command, *asked])
         assert isinstance(json.loads(capsys.readouterr().out)["answer"], str)
+    else:
+        with pytest.raises(SystemExit):
+            main(system.model, [*command, *asked])
+        assert re.search("writes no text|reads whole sequences only", capsys.readouterr().err)
