@@ -285,7 +285,7 @@ def _foreign_format(folder: Path) -> tuple[Format, dict[str, Any], bool]:
         for found in formats:
             if found.claims(config):
                 return found, config, is_sat
-        what = config.get("model_class") if is_sat else config.get("architectures") or config.get("model_type")
+        what = config.get("model_class") if is_sat else config.get("model_type") or config.get("architectures")
         known = ", ".join(found.name for found in formats)
         raise ValueError(f"{folder / file} describes {what!r}, which no format claims. Readable: {known}.")
     if list(folder.glob("mp_rank_*_model_states.pt")):
@@ -685,7 +685,7 @@ def _check_fit(
         if own not in slots:
             spare += present
         elif absent:
-            missing[own] = "" if absent == [own] else f" (in the file: {', '.join(absent)})"
+            missing[own] = "" if absent == [own] else f" (a file calls it {', '.join(absent)})"
         elif present:
             shapes = [source.shapes[name] for name in present]
             shape, expected = rule.shape(shapes), tuple(slots[own][0][2].shape)
@@ -693,7 +693,8 @@ def _check_fit(
                 used[own] = rule
             else:
                 files = ", ".join(f"{name} {list(s)}" for name, s in zip(present, shapes, strict=True))
-                wrong[own] = f": the model has {list(expected)}, the file {files}"
+                turned = ", which has rows and columns the other way round" if rule.transposed else ""
+                wrong[own] = f": the model has {list(expected)}, the file {files}{turned}"
     others = [name for name in source.shapes if name not in taken]
     unexpected = {name: "" for name in others if not ignored(name)}
     if missing or unexpected or wrong:

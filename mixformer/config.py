@@ -553,7 +553,7 @@ def check_keys(cls: Any, values: Mapping[str, Any], where: str) -> None:
         if nested is None or isinstance(value, nested):
             continue
         if isinstance(value, Mapping):
-            if "class_path" not in value:
+            if not {"class_path", "init_args"} & set(value):
                 check_keys(nested, value, f"{where}.{key}")
         elif value is not None or type(None) not in get_args(hints[key]):
             raise ValueError(f"{where}.{key}: expected the keys of {nested.__name__}, got {value!r}.")
@@ -733,9 +733,12 @@ def _typed(
     parser = settings_parser(model_class, typed)
     others = ("mixins", *(key for key in SECTIONS if key not in typed))
     kept = {key: value for key, value in values.items() if value is not None and key not in others}
+    chosen = _chosen(model_class.Config, given.get("model") or {}, f"{source}: model")
+    if chosen:
+        kept["model"] = {key: value for key, value in (kept.get("model") or {}).items() if key not in chosen}
     arguments = []
     for path, text in split_overrides(overrides):
-        if path[0] not in others:
+        if path[0] not in others and not (path[0] == "model" and path[1] in chosen):
             arguments.append(f"--{'.'.join(path)}={text}")
     source_now = source
     try:
@@ -744,6 +747,7 @@ def _typed(
         namespace = parser.parse_args(arguments, namespace=namespace)
         source_now = source
         made = parser.instantiate(namespace)
+        made.model = dataclasses.replace(made.model, **chosen)
     except _parser_errors() as error:
         raise ValueError(f"{source_now}: {_say(error)}") from error
     except (ValueError, TypeError) as error:
@@ -764,6 +768,23 @@ def _typed(
         model=made.model, model_class=model_class, mixins=mixins, **paths,
         device=made.device, dtype=made.dtype, seed=made.seed, chat=made.chat, sections=sections, given=given, file=file,
     )
+
+
+def _chosen(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The parts of a model whose class the configuration names, with that class's defaults, not the usual part's."""
+    named = {key: value for key, value in values.items() if isinstance(value, Mapping) and "class_path" in value}
+    for key, value in named.items():
+        if set(value) - {"class_path", "init_args"}:
+            raise ValueError(f"{where}.{key}: beside class_path, write options under init_args, got {list(value)}.")
+    made: dict[str, Any] = {}
+    for key, value in named.items():
+        expected = _dataclass_of(_hints(cls)[key])
+        part = import_class(value["class_path"], f"{where}.{key}.class_path")
+        if expected is None or not issubclass(part, expected):
+            kind = "options" if expected is None else expected.__name__
+            raise ValueError(f"{where}.{key}: {part.__name__} is no {kind}, which {cls.__name__} has there.")
+        made[key] = make(part, value.get("init_args") or {}, f"{where}.{key}")
+    return made
 
 
 def _check_device(device: str, source: str) -> None:

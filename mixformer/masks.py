@@ -50,6 +50,13 @@ class Prefix(Mask):
         return (key[None, None, :] < self.lengths[:, None, None]).expand(-1, query.shape[0], -1)
 
 
+class WholePrefix(Prefix):
+    """The first tokens of each row attend to one another; what others may see is not widened. Arguments as `Prefix`."""
+
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return super().allowed(query, key) & (query[None, :, None] < self.lengths[:, None, None])
+
+
 class Padding(Mask):
     """Nobody attends to padding; a padded slot attends to itself so that its softmax stays finite.
 

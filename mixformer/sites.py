@@ -88,6 +88,25 @@ class Linear(Sited, nn.Linear):
         return self.plain(x) if self.hook is None else self.hook(x, ctx)
 
 
+class Embedding(nn.Embedding):
+    """A table that says what does not fit."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., h].
+
+        Raises:
+            ValueError: an id that the table has no row for. On a GPU nobody looks: there torch stops the process.
+        """
+        try:
+            return super().forward(ids)
+        except IndexError as error:
+            raise ValueError(
+                f"Ids from {int(ids.min())} to {int(ids.max())} do not fit a table of {self.num_embeddings} rows. "
+                f"Token ids must be below the model's vocab_size, positions below its max_positions: was it another "
+                f"tokenizer's text, or a longer one than the model can read?"
+            ) from error
+
+
 class LayerNorm(Sited, nn.LayerNorm):
     """A LayerNorm that mixins can reach."""
 

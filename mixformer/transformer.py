@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixformer.config import TransformerConfig
-from mixformer.sites import MLP, Linear, RMSNorm, make_norm
+from mixformer.sites import MLP, Embedding, Linear, RMSNorm, make_norm
 
 if TYPE_CHECKING:
     from mixformer.context import Context
@@ -121,8 +121,8 @@ class Transformer(nn.Module):
 
 def _embedding(rows: int, size: int, config: TransformerConfig) -> nn.Embedding:
     if torch.get_default_device().type == "meta":  # as of `normal`
-        return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
-    table = nn.Embedding(rows, size)
+        return Embedding(rows, size, _weight=torch.empty(rows, size))
+    table = Embedding(rows, size)
     nn.init.normal_(table.weight, std=config.init_std)
     return table
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mixformer import BaseMixin, BaseModel, TransformerConfig, wrap
-from mixformer.masks import Causal, Documents, Full, LastImage, LoweredMask, Mask, Padding, Prefix, lower
+from mixformer.masks import Causal, Documents, Full, LastImage, LoweredMask, Mask, Padding, Prefix, WholePrefix, lower
 
 LENGTHS = [2, 5]
 VALID = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]).bool()
@@ -27,6 +27,7 @@ CASES: dict[str, tuple[Mask, Callable[[int, int, int], bool]]] = {
     "full": (Full(), lambda row, q, k: True),
     "causal": (Causal(), lambda row, q, k: k <= q),
     "prefix": (Prefix(torch.tensor(LENGTHS)), lambda row, q, k: k < LENGTHS[row]),
+    "whole prefix": (WholePrefix(torch.tensor(LENGTHS)), lambda row, q, k: max(q, k) < LENGTHS[row]),
     "padding": (Padding(VALID), lambda row, q, k: bool(VALID[row, k]) or k == q),
     "documents": (
         Documents(torch.tensor(DOCUMENTS)),

@@ -255,7 +255,15 @@ ODD: list[tuple[str, dict[str, Any], str]] = [
     ("LLaMA", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of each head"),
     ("LLaMA", {"rope_parameters": {**OLD_YARN, "mscale": 1, "mscale_all_dim": 2}}, "two temperatures"),
     ("LLaMA", {"attention_bias": True}, r"missing.*q_proj\.bias"),
-    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}, "its layers from 1 on"),
+    (
+        "Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4, "layer_types": None},
+        r"its layers \[1\] attend to the latest 4",
+    ),
+    (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        r"its layers \[0\] attend to the latest 4",
+    ),
 ]
 
 

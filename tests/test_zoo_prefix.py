@@ -14,16 +14,24 @@ from safetensors.torch import load_file
 from mixformer import BaseMixin, KVCache, generate, load_processor
 from mixformer.config import read_settings
 from mixformer.connectors import ProjectorConfig
-from mixformer.mixins import ImageMixin, ImagePositionsMixin, ImageRelativeBiasMixin, PrefixMaskMixin
+from mixformer.mixins import (
+    ImageMixin,
+    ImagePositionsMixin,
+    ImageRelativeBiasMixin,
+    PrefixMaskMixin,
+    PrefixTuningMixin,
+    SlidingWindowMixin,
+)
 from mixformer.testing import check_mixin, collate, jitter, sample_row, tiny_model
 from mixformer.train import TextTask, TrainConfig, train
 from models.clipcap import ClipCap
 from models.clipcap_transformer import ClipCapTransformer
 from models.frozen import Frozen
 from models.simvlm import SimVLM
+from tests.zoo import git, simvlm
 from tests.zoo.clipcap import GOLDEN, mapper_count, mlp_count
 from tests.zoo.frozen import tiny
-from tests.zoo.harness import CONFIGS, ROOT, jittered
+from tests.zoo.harness import CONFIGS, ROOT, System, jittered
 from tests.zoo.llava import hf, llama_config, spliced_batch
 from tests.zoo.simvlm import IMAGE, Reference, rows, tiny_config
 
@@ -352,3 +360,11 @@ def test_a_few_graphs_serve_all_batches() -> None:
                 found = compiled(batch["input_ids"], plan=model.plan(**batch, dynamic=True), **given)
                 torch.testing.assert_close(found, model(**batch), atol=2e-5, rtol=0)
     assert count[0] <= 6
+
+
+@pytest.mark.parametrize("system", [git.SYSTEM, simvlm.SYSTEM], ids=lambda system: system.key)
+@pytest.mark.parametrize("make", [lambda: PrefixTuningMixin(3), lambda: SlidingWindowMixin(5)], ids=["tuned", "window"])
+def test_prefixes_and_biases_go_together_with_what_changes_keys_and_masks(
+    make: Callable[[], BaseMixin], system: System
+) -> None:
+    check_mixin(make, system.build_tiny)

@@ -31,7 +31,7 @@ from models.siglip import SigLIP, SigLIPConfig
 from models.vit import ViT, ViTConfig
 from models.weights import resize_positions
 from tests.zoo import clip, intern_vit, siglip, vit
-from tests.zoo.harness import TOLERANCE, difference, jittered, reloaded
+from tests.zoo.harness import TOLERANCE, difference, jittered, reloaded, systems
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24, "num_layers": 2, "num_heads": 4, "inner_hidden_size": 48, "image_size": 16, "patch_size": 4,
@@ -448,3 +448,14 @@ def test_every_property_holds(what: str) -> None:
     make_mixin, config, replacing = CHECKED[what]
     extra = pictures_of if what == "contrastive head" else None
     check_mixin(make_mixin, lambda: fresh(config), replacing=replacing, extra_inputs=extra)
+
+
+@pytest.mark.parametrize("key", ["vit", "siglip", "intern_vit", "resnet", "nf_resnet", "lenet"])
+def test_a_tower_in_low_precision_reads_pictures_in_full(key: str) -> None:
+    system = next(system for system in systems() if system.key == key)
+    model = system.build_tiny().to(torch.bfloat16).eval()
+    side = getattr(model.config, "image_size", 32)  # LeNet-5 has one size
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        found, expected = model(images=images), model(images=images.to(torch.bfloat16))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)

@@ -78,7 +78,7 @@ class PerceiverResamplerConfig(ConnectorConfig):
         if self.output_projector is None and width != out_size:
             raise ValueError(
                 f"The resampler's latents have width {width}, the language model {out_size}. Set output_projector, "
-                f"such as ProjectorConfig(), or hidden_size."
+                f"such as ProjectorConfig(), or hidden_size={out_size} and input_projector."
             )
         if self.input_projector is None and width != in_size:
             raise ValueError(

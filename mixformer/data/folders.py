@@ -120,16 +120,17 @@ def _read_splice(
     placeholder = content.get("image_token_id", content.get("image_token_index"))
     if placeholder is None:
         raise ValueError(f"{file} lacks 'image_token_id': write it there, or write {PROCESSOR_FILE} beside it")
+    sizes = _vision_sizes(content["vision_config"], file)
     names = ("eos_token_id", "pad_token_id")
     numbers = {name: content.get(name, text.get(name)) for name in names}
     return {
         "family": family,
         "template": "hf" if "hf" in spelling.templates else None,
-        **_vision_sizes(content["vision_config"], file),
+        **sizes,
         "image_marks": False,
         "placeholder_id": placeholder,
         **_token_ids(numbers, tokenizer, tokenizer.pad_id, spelling.end),
-        **_image_settings(file.parent, defaults),
+        **_image_settings(file.parent, defaults, sizes["image_size"]),
     }
 
 
@@ -164,13 +165,14 @@ def _read_idefics2(content: dict[str, Any], file: Path, tokenizer: Tokenizer) ->
 
 def _read_clip(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Pictures as CLIP prepares them, beside texts."""
+    sizes = _vision_sizes(content["vision_config"], file)
     return {
         "family": "caption",
-        **_vision_sizes(content["vision_config"], file),
+        **sizes,
         "image_marks": False,
         "placeholder_id": tokenizer.pad_id,
         **_token_ids(content, tokenizer, tokenizer.pad_id),
-        **_image_settings(file.parent, {"image_fit": "crop"}),
+        **_image_settings(file.parent, {"image_fit": "crop"}, sizes["image_size"]),
     }
 
 
@@ -202,9 +204,30 @@ def _image_content(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _image_settings(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Fit, filter and normalisation of pictures, as far as the folder says, else those of the released model."""
+def _image_settings(folder: Path, defaults: dict[str, Any], side: int) -> dict[str, Any]:
+    """Fit, filter and normalisation of pictures, as far as the folder says, else those of the released model.
+
+    Raises:
+        ValueError: pictures that are prepared in a way that is not known here, or not for a tower of this `side`.
+    """
     content, found = _image_content(folder), dict(defaults)
+    skipped = [name for name in ("do_resize", "do_rescale", "do_normalize") if content.get(name) is False]
+    if abs((content.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+        skipped.append("rescale_factor")
+    if skipped:
+        odd = ", ".join(f"{name}: {content[name]}" for name in skipped)
+        raise ValueError(
+            f"{folder} prepares pictures with {odd}, which is not known here (they are resized, divided by 255 and "
+            f"normalised): write {PROCESSOR_FILE} beside it"
+        )
+    size, crop = _sides(content.get("size")), _sides(content.get("crop_size"))
+    cropped = bool(content.get("do_center_crop"))
+    named = [*size.values(), *(crop.values() if cropped else ())] if "longest_edge" not in size else []
+    if any(number != side for number in named):
+        raise ValueError(
+            f"{folder} prepares pictures of size {content.get('size')} and crop_size {content.get('crop_size')}, but "
+            f"the tower reads {side}: make them equal, or write {PROCESSOR_FILE} beside it"
+        )
     found.update({name: tuple(content[name]) for name in ("image_mean", "image_std") if content.get(name)})
     if "resample" in content:
         if content["resample"] not in _FILTERS:
@@ -214,9 +237,16 @@ def _image_settings(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
             )
         found["image_filter"] = _FILTERS[content["resample"]]
     if "do_center_crop" in content:
-        cropped = content["do_center_crop"] and "shortest_edge" in (content.get("size") or {})
+        cropped = cropped and "shortest_edge" in size
         found["image_fit"] = "pad" if content.get("do_pad") else "crop" if cropped else "stretch"
     return found
+
+
+def _sides(size: Any) -> dict[str, int]:
+    """Sides of pictures by name; a number, as the first files have it, is that of the shortest."""
+    if isinstance(size, list):
+        return dict(zip(("height", "width"), size, strict=True))
+    return {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
 
 
 def _read_sat(content: dict[str, Any], file: Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class ConvStemMixin(BaseMixin):
     @replace
     def word_embedding_forward(self, input_ids: None, ctx: Context) -> torch.Tensor:
         images = ctx.require("images")
+        images = images.to(next(self.parameters(), images).dtype)
         if images.shape[1] != self.in_channels:
             images = images.mean(1, keepdim=True)
         return self.feature_map(images).flatten(2).transpose(1, 2)

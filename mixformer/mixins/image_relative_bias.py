@@ -49,10 +49,14 @@ class ImageRelativeBiasMixin(BaseMixin):
         if places is None:
             return old_impl(q, k, v, mask)
         spans, num_tokens = places.view(-1, self.side**2), q.shape[2]
-        queries, earlier = spans % num_tokens, 0 if ctx.cache is None else ctx.cache.offset
-        pairs = (spans // num_tokens)[:, :, None], queries[:, :, None], (queries + earlier)[:, None, :]
+        cache, queries = ctx.cache, spans % num_tokens
+        num_keys, earlier = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
+        first = k.shape[2] - num_keys + earlier  # others may have put keys before those of the row
+        pairs = (spans // num_tokens)[:, :, None], queries[:, :, None], (queries + first)[:, None, :]
         table = layer.mixins[self.name]["table"][self.offsets].to(q.dtype)
         bias = q.new_zeros(q.shape[0], q.shape[2], k.shape[2], q.shape[1])
         bias = bias.index_put(pairs, table.expand(len(spans), -1, -1, -1)).permute(0, 3, 1, 2)
-        allowed = mask.prepend(0, q, k).tensor
-        return old_impl(q, k, v, LoweredMask(bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))))
+        below = mask.prepend(0, q, k).tensor
+        if below is not None:
+            bias = bias.masked_fill(~below, float("-inf")) if below.dtype == torch.bool else bias + below
+        return old_impl(q, k, v, LoweredMask(bias))

@@ -95,7 +95,7 @@ class PatchEmbeddingMixin(BaseMixin):
 
     @replace
     def word_embedding_forward(self, input_ids: None, ctx: Context) -> torch.Tensor:
-        x = ctx.require("images")
+        x = ctx.require("images").to(self.conv.weight.dtype)
         if self.stem:
             x = x.contiguous(memory_format=torch.channels_last)
         for index, stage in enumerate(self.stem):

@@ -46,7 +46,8 @@ class SlidingWindowMixin(BaseMixin):
         self.size = size
 
     def plan(self, ctx: Context) -> None:
-        assert ctx.input_ids is not None and ctx.mask is not None
+        if ctx.input_ids is None:
+            raise ValueError(f"Mixin '{self.name}' counts the tokens of input_ids; there are none (in a tower, say).")
         num_tokens = ctx.input_ids.shape[1]
         num_keys = num_tokens if ctx.cache is None else ctx.cache.num_keys(num_tokens)
         valid = ctx.valid

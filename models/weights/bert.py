@@ -100,9 +100,9 @@ def write_config(config: Any) -> dict[str, Any]:
 
 
 def _claims(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "bert" or any(
-        name in (config.get("architectures") or []) for name in ("BertForPreTraining", "BertForMaskedLM")
-    )
+    if "model_type" in config:
+        return bool(config["model_type"] == "bert")
+    return not {"BertForPreTraining", "BertForMaskedLM"}.isdisjoint(config.get("architectures") or [])
 
 
 HF = Format(

@@ -90,7 +90,9 @@ def write_config(config: Any) -> dict[str, Any]:
 
 
 def _claims(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "gpt2" or "GPT2LMHeadModel" in (config.get("architectures") or [])
+    if "model_type" in config:
+        return bool(config["model_type"] == "gpt2")
+    return "GPT2LMHeadModel" in (config.get("architectures") or [])
 
 
 HF = Format(

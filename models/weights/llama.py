@@ -109,7 +109,9 @@ def read_text_config(config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
 
 def read_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Options `rope_base` and `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, transformers reads this
+    if config.get("original_max_position_embeddings") is not None:  # goes before the one inside, there as well
+        rope = {**rope, "original_max_position_embeddings": config["original_max_position_embeddings"]}
     kind = rope.get("rope_type", rope.get("type", "default"))
     found: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -118,6 +120,8 @@ def read_rope(config: dict[str, Any]) -> dict[str, Any]:
         return found
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ValueError(f"its rotary positions are scaled in a way ('{kind}') that is not supported.")
+    if rope["factor"] is None:
+        raise ValueError(f"its rotary positions are scaled ('{kind}') by no factor. Write a number as their 'factor'.")
     scaling = {"kind": kind, "factor": float(rope["factor"])}
     if kind in ("llama3", "yarn"):
         scaling |= {ours: rope[theirs] for theirs, ours in _SCALINGS.items() if rope.get(theirs) is not None}
@@ -132,12 +136,14 @@ def _read_window(config: dict[str, Any], kind: str) -> int | None:
         return None
     if kind == "qwen2":
         first, num_layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
-        if first >= num_layers or window >= config.get("max_position_embeddings", 32768):
+        kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * num_layers
+        windowed = [i for i, name in enumerate(kinds[:num_layers]) if name == "sliding_attention"]
+        if not windowed or window >= config.get("max_position_embeddings", 32768):
             return None
-        if first > 0:
+        if len(windowed) < num_layers:
             raise ValueError(
-                f"its layers from {first} on attend to the latest {window} tokens only, the others to all, which is "
-                f"not supported. With max_position_embeddings at {window} in config.json, no window is needed."
+                f"its layers {windowed} attend to the latest {window} tokens only, the others to all, which is not "
+                f"supported. With max_position_embeddings at {window} in config.json, no window is needed."
             )
     return window
 
@@ -194,8 +200,9 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
 
 def _format(kind: str) -> Format:
     def claims(config: dict[str, Any]) -> bool:
-        found: bool = config.get("model_type") == kind or ARCHITECTURES[kind] in (config.get("architectures") or [])
-        return found
+        if "model_type" in config:
+            return bool(config["model_type"] == kind)
+        return ARCHITECTURES[kind] in (config.get("architectures") or [])
 
     def read(config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         return read_config({**config, "model_type": kind}, shapes)

@@ -30,7 +30,8 @@ builds each system, counts it, and runs it beside its reference; `tests/zoo/` ha
 Run any of them at its tiny size, or describe a published one:
 
     python -m models.llava --config examples/zoo/llava/tiny.yaml --job train
-    python -m models.llava --config examples/zoo/llava/tiny.yaml --weights runs/llava-tiny
+    python -m models.llava --config examples/zoo/llava/tiny.yaml --weights runs/llava-tiny \\
+        --image examples/zoo/shapes/0001.png --prompt "What is this?"
     python -m models.llava --job describe
 """
 
