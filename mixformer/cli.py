@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mixformer import hooks
-from mixformer.config import ChatConfig, Settings, import_class, read_settings, settings_parser, split_overrides
+from mixformer.config import (
+    RUN_OPTIONS,
+    ChatConfig,
+    Settings,
+    import_class,
+    read_settings,
+    settings_parser,
+    split_overrides,
+)
 from mixformer.hooks import LAYER_HOOKS, MODEL_HOOKS, SITE_HOOKS
 
 
@@ -61,7 +69,11 @@ def console(arguments: Sequence[str] | None = None) -> None:
         "target", help="a configuration file that has model_class, a checkpoint folder, or module:Class"
     )
     verb.add_argument("--json", action="store_true", help="print JSON")
+    verb = verbs.add_parser("plot", help="draw the curves of a training run to a PNG", allow_abbrev=False)
+    verb.add_argument("run", help="the output of a training run, a folder of logs, or a .jsonl log")
+    verb.add_argument("--output", metavar="FILE", help="the picture (default: curves.png beside the logs)")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
+    data_verbs = _data_parser(verbs)
     verbs.add_parser("hooks", help="print what every hook receives and returns, as Markdown", allow_abbrev=False)
     options, overrides = parser.parse_known_args(arguments)
     with _Reported(f"mixformer {options.verb}", options.traceback):
@@ -69,7 +81,30 @@ def console(arguments: Sequence[str] | None = None) -> None:
             split_overrides(overrides)
             print(hook_reference(), end="")
             return
+        if options.verb == "data":
+            if overrides:
+                raise ValueError(f"There is no option {overrides[0]}: see mixformer data {options.data_verb} --help.")
+            data_verbs[options.data_verb](options)
+            return
+        if options.verb == "plot":
+            split_overrides(overrides)
+            plot = importlib.import_module("mixformer.train.plot").plot
+            print(f"saved {plot(options.run, options.output)}")
+            return
         _describe_settings(_settings_of(options.target, overrides), options.json)
+
+
+def _data_parser(verbs: Any) -> dict[str, Callable[[argparse.Namespace], None]]:
+    """Declare `mixformer data check` and `mixformer data show`; what they run."""
+    from mixformer.data import check, show
+
+    parts = verbs.add_parser("data", help="look at files to learn from", allow_abbrev=False).add_subparsers(
+        dest="data_verb", required=True, metavar="VERB"
+    )
+    texts = {"check": "say what is wrong with files, with line numbers", "show": "print samples as they are learnt"}
+    for name, module in (("check", check), ("show", show)):
+        module.add_arguments(parts.add_parser(name, help=texts[name], allow_abbrev=False))
+    return {"check": check.check_command, "show": show.show_command}
 
 
 def _front(class_path: str) -> argparse.ArgumentParser:
@@ -324,8 +359,8 @@ def _draw(answer: str, pictures: list[str], folder: Path, number: int) -> tuple[
 def _train(settings: Settings, as_json: bool) -> None:
     if settings.train is None or "train" not in settings.given:
         raise ValueError("There is nothing to train on. Add a `train:` section to the configuration file.")
-    fresh = settings.weights is None or settings.given.get("model")
-    model = settings.build_model() if fresh else settings.load_model()
+    sizes = set(settings.given.get("model") or ()) - set(RUN_OPTIONS)
+    model = settings.build_model() if settings.weights is None or sizes else settings.load_model()
     _report(_training().run(model, settings.load_processor(), settings), as_json)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED_LABEL = -100
 """Label of tokens that are not learnt."""
@@ -28,7 +29,10 @@ class Objective(Protocol):
     """What a model is trained to do."""
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Run the model on a batch and return the losses by name."""
+        """Run the model on a batch and return the losses by name, means over what `count` counts."""
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """What a batch has to learn: supervised tokens, or rows. Batches of one step are weighted by it."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ class LanguageObjective:
         smooth_over: which ones share it: `others` are all but the target, and the loss is the divergence from the
             smoothed target (GIT, arXiv:2205.14100); `all` counts the target among them, as torch's cross entropy does.
         ignored_ids: ids that are not learnt wherever they stand in `labels` (0 in ClipCap, arXiv:2111.09734).
+        chunk: supervised tokens whose logits are held at once; the backward pass makes them once more. None makes all
+            logits [b, s, v] at once.
     """
 
     smoothing: float = 0.0
     smooth_over: Literal["others", "all"] = "others"
     ignored_ids: tuple[int, ...] = ()
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignored_ids", tuple(self.ignored_ids))
@@ -65,23 +72,67 @@ class LanguageObjective:
             raise ValueError(f"LanguageObjective.smoothing is {self.smoothing}; it must be in 0 <= smoothing < 1.")
         if self.smooth_over not in ("others", "all"):
             raise ValueError(f"LanguageObjective.smooth_over is {self.smooth_over!r}; choose others or all.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"LanguageObjective.chunk is {self.chunk}; it must be at least 1, or None.")
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Losses: `language`, a mean over the labels that are learnt; 0 where there is none.
 
         Raises:
-            ValueError: no labels, or labels of another shape than the logits.
+            ValueError: no labels, labels of another shape than the logits, or a `chunk` and a model whose head needs
+                the whole sequence.
         """
+        if self.chunk is not None:
+            return self._in_chunks(model, batch, self.chunk)
         out, labels = _run(model, batch)
-        logits, labels = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        labels = self._targets(labels)
+        losses = self._token_losses(out.logits[:, :-1].flatten(0, 1), labels)
+        return {"language": _mean(losses, labels), **out.losses}
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Supervised tokens."""
+        return int((self._targets(_labels(batch)) != IGNORED_LABEL).sum())
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """[b, s] -> [b * (s - 1)], what each slot but the last of a row predicts."""
+        labels = labels[:, 1:].flatten()
         for ignored in self.ignored_ids:
             labels = labels.masked_fill(labels == ignored, IGNORED_LABEL)
+        return labels
+
+    def _token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """[n, v] and [n] -> [n], 0 where nothing is learnt."""
         if self.smoothing and self.smooth_over == "others":
             losses = self._divergence(logits.float(), labels.clamp(min=0))
-            losses = losses.masked_fill(labels == IGNORED_LABEL, 0.0)
-        else:
-            losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.smoothing)
-        return {"language": _mean(losses, labels), **out.losses}
+            return losses.masked_fill(labels == IGNORED_LABEL, 0.0)
+        return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.smoothing)
+
+    def _in_chunks(self, model: Any, batch: Mapping[str, Any], chunk: int) -> dict[str, torch.Tensor]:
+        """As `__call__`, but only supervised tokens go through the head, a chunk of them at a time."""
+        if model.whole_sequence:
+            names = [name for name, mixin in model.mixins.items() if mixin.whole_sequence]
+            raise ValueError(
+                f"The loss cannot be taken in chunks: all tokens of a sequence are needed at the head, by "
+                f"{', '.join(names)}. Leave `chunk` (loss_chunk) out."
+            )
+        inputs, labels = dict(batch), _labels(batch)
+        inputs.pop("labels")
+        plan = inputs.pop("plan", None) or model.plan(**inputs)
+        out = model.run(**inputs, plan=plan, last_only=True, hidden_layers=("final",))
+        hidden_states = out.hidden["final"]
+        _require_fit(labels, hidden_states, "hidden states")
+        targets = self._targets(labels)
+        learnt = targets != IGNORED_LABEL
+        hidden_states, targets = hidden_states[:, :-1].flatten(0, 1)[learnt], targets[learnt]
+        ctx = plan.started({})
+
+        def summed(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return self._token_losses(model.hooks.final_forward(rows[None], ctx)[0], right).sum()
+
+        # Without anything to learn there is one empty chunk, so that the head has its gradient, zero.
+        parts = zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
+        losses = [checkpoint(summed, rows, right, use_reentrant=False) for rows, right in parts]
+        return {"language": torch.stack(losses).sum() / max(1, len(targets)), **out.losses}
 
     def _divergence(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of the prediction from the smoothed target, [n, v] and [n] -> [n]."""
@@ -114,6 +165,10 @@ class MaskedLanguageObjective:
             found["next_sentence"] = F.cross_entropy(_result(model, out, "sentence").float(), sentence_labels)
         return {**found, **out.losses}
 
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Masked tokens."""
+        return int((_labels(batch) != IGNORED_LABEL).sum())
+
 
 @dataclass(frozen=True)
 class ContrastiveObjective:
@@ -126,13 +181,22 @@ class ContrastiveObjective:
         """Losses: `contrastive`, the mean of both directions.
 
         Raises:
-            ValueError: a model that compares no texts with pictures.
+            ValueError: a model that compares no texts with pictures, or another number of pictures than of texts.
         """
         out = model.run(**batch)
         logits = _result(model, out, "logits_per_text").float()
+        if logits.shape[0] != logits.shape[1]:
+            raise ValueError(
+                f"The batch has {logits.shape[0]} texts and {logits.shape[1]} pictures; text i belongs to picture i, "
+                f"so give as many of one as of the other."
+            )
         right = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
         return {"contrastive": loss, **out.losses}
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Pairs."""
+        return len(batch["images"])
 
 
 @dataclass(frozen=True)
@@ -147,6 +211,10 @@ class ClassificationObjective:
         """
         out, labels = _run(model, batch)
         return {"classification": F.cross_entropy(out.logits.float(), labels), **out.losses}
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Pictures with a class."""
+        return int((_labels(batch) != IGNORED_LABEL).sum())
 
 
 @dataclass(frozen=True)
@@ -165,21 +233,33 @@ class SquaredDistanceObjective:
         out, labels = _run(model, batch)
         return {"squared_distance": out.logits.float().gather(1, labels[:, None]).mean(), **out.losses}
 
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Pictures."""
+        return len(_labels(batch))
+
 
 def _run(model: Any, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
     """Run the model on all of a batch but its `labels`; return its output and the labels, one for each output."""
-    inputs = dict(batch)
-    labels: torch.Tensor | None = inputs.pop("labels", None)
-    if labels is None:
-        names = ", ".join(inputs) or "nothing"
-        raise ValueError(f"The batch has no 'labels', only {names}: it cannot be learnt from.")
+    inputs, labels = dict(batch), _labels(batch)
+    inputs.pop("labels")
     out = model.run(**inputs)
-    if out.logits.shape[:-1] != labels.shape:
+    _require_fit(labels, out.logits, "logits")
+    return out, labels
+
+
+def _labels(batch: Mapping[str, Any]) -> torch.Tensor:
+    labels: torch.Tensor | None = batch.get("labels")
+    if labels is None:
+        raise ValueError(f"The batch has no 'labels', only {', '.join(batch) or 'nothing'}: it cannot be learnt from.")
+    return labels
+
+
+def _require_fit(labels: torch.Tensor, results: torch.Tensor, kind: str) -> None:
+    if results.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(out.logits.shape)}: every output "
+            f"labels of shape {tuple(labels.shape)} do not fit {kind} of shape {tuple(results.shape)}: every output "
             f"takes one label, {IGNORED_LABEL} where nothing is learnt."
         )
-    return out, labels
 
 
 def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

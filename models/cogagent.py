@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.mixins import CrossAttentionMixin
-from models.cogvlm import CogVLM, CogVLMConfig
+from mixformer.objectives import Trained
+from models.cogvlm import EXPERTS, CogVLM, CogVLMConfig
 from models.eva2_clip import EVA2CLIPLConfig
+
+CROSS = ["mixins.cross.*", "*.mixins.cross.*"]
 
 
 @dataclass
@@ -27,10 +31,16 @@ class CogAgentConfig(CogVLMConfig):
 
 
 class CogAgent(CogVLM):
-    """CogVLM + CrossAttentionMixin."""
+    """CogVLM + CrossAttentionMixin.
+
+    Stages (section 2.3): `cross` trains what CogAgent adds to CogVLM, `joint` the visual experts as well, `tune` all.
+    """
 
     Config = CogAgentConfig
     config: CogAgentConfig
+    stages: ClassVar[dict[str, Trained]] = {
+        "cross": Trained(CROSS), "joint": Trained([*CROSS, *EXPERTS]), "tune": Trained(["*"]),
+    }
 
     def compose(self) -> None:
         super().compose()

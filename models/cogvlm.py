@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.mixins import ImageMixin, VisionExpertAttentionMixin, VisionExpertFCMixin
+from mixformer.objectives import Trained
 from models.eva2_clip import EVA2CLIPEConfig
 from models.llama import LLaMA, LLaMAConfig
+
+EXPERTS = ["*.mixins.vision_expert*"]
+ADAPTER = ["mixins.image.projector.*", "mixins.image.boi", "mixins.image.eoi"]
 
 
 @dataclass
@@ -31,10 +36,19 @@ class CogVLMConfig(LLaMAConfig):
 
 
 class CogVLM(LLaMA):
-    """LLaMA + ImageMixin + visual experts in attention and MLP."""
+    """LLaMA + ImageMixin + visual experts in attention and MLP.
+
+    Stages: `align` trains the adapter alone (an ablation of the paper), `pretrain` the experts as well (stages 1 and 2,
+    section 2.2), `tune` also the tower, which the paper gives a tenth of the rate. The language model stays as it is.
+    """
 
     Config = CogVLMConfig
     config: CogVLMConfig
+    stages: ClassVar[dict[str, Trained]] = {
+        "align": Trained(ADAPTER),
+        "pretrain": Trained([*EXPERTS, *ADAPTER]),
+        "tune": Trained([*EXPERTS, *ADAPTER, "mixins.image.tower.*"]),
+    }
 
     def compose(self) -> None:
         super().compose()

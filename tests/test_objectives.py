@@ -136,6 +136,8 @@ def test_what_cannot_be_learnt_is_refused_by_name() -> None:
         LanguageObjective()(Recorded(LOGITS), {"labels": LABELS[:, 1:]})
     with pytest.raises(ValueError, match="Recorded gives no result 'logits_per_text', only logits"):
         ContrastiveObjective()(Recorded(LOGITS), {})
+    with pytest.raises(ValueError, match="The batch has 2 texts and 3 pictures"):
+        ContrastiveObjective()(Recorded(LOGITS, logits_per_text=torch.zeros(2, 3)), {})
     with pytest.raises(ValueError, match="gives no result 'sentence'"):
         MaskedLanguageObjective()(Recorded(LOGITS), {"labels": LABELS, "next_sentence_labels": LABELS[:, 0]})
     with pytest.raises(ValueError, match=r"smoothing is 1\.0"):

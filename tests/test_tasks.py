@@ -143,7 +143,7 @@ def test_plain_files_have_one_text_a_line_and_documents_between_empty_lines(tmp_
     file = write_lines(tmp_path, "a b", "c d", "", "  e  ", name="data.txt")
     samples = read_samples(file)
     assert [(sample.content["text"], sample.document) for sample in samples] == [("a b", 0), ("c d", 0), ("e", 1)]
-    assert samples[2].where == f"{file}, line 4"
+    assert samples[2].place == f"{file}, line 4"
 
 
 @pytest.mark.parametrize(

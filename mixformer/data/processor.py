@@ -25,10 +25,13 @@ from mixformer.data.grounding import snap_coordinates
 from mixformer.data.processor_config import ProcessorConfig, TilingConfig
 from mixformer.images import ImageSource, load_image, preprocess_image, quarter_picture, tile_picture
 from mixformer.objectives import IGNORED_LABEL
-from mixformer.prompts import Turn, extract_answer, render_prompt
+from mixformer.prompts import Turn, extract_answer, get_template, render_prompt
 from mixformer.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Processor", "ProcessorConfig", "TilingConfig", "TrainingSample", "join_picture_inputs", "load_processor"]
+__all__ = [
+    "Processor", "ProcessorConfig", "TilingConfig", "TrainingSample", "UnusableSampleError", "join_picture_inputs",
+    "load_processor",
+]  # fmt: skip
 
 Message = Mapping[str, str]
 """One message of a conversation: ``{"role": "user" or "assistant", "content": text}``."""
@@ -41,7 +44,13 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 Batch = dict[str, torch.Tensor]
 
+_ANSWER_EDGE = "\ufdd0"  # a code point that Unicode keeps out of text; stands around answers while prompts are written
+
 _TEXT_ONLY = "this model reads text only (no image_size): leave the images out"
+
+
+class UnusableSampleError(ValueError):
+    """A sample of which nothing is left to learn, or whose image span would be cut."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class TrainingSample:
         images: as for `Processor.__call__`.
         history: past turns, for a prompt that is a plain question.
         template: name of the template; None for the processor's.
+        supervise: `last` for the last answer, `all` for those of past turns as well.
     """
 
     prompt: Prompt
@@ -61,6 +71,11 @@ class TrainingSample:
     images: Images = None
     history: Sequence[Turn] | None = None
     template: str | None = None
+    supervise: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.supervise not in ("last", "all"):
+            raise ValueError(f"supervise is {self.supervise!r}: choose last or all (answers of a conversation)")
 
 
 @dataclass
@@ -88,6 +103,10 @@ class _Row:
         self.types += [kind] * len(ids)
         self.labels += ids if learnt else [IGNORED_LABEL] * len(ids)
         self.ends_with_image = False
+
+    def cut(self, length: int) -> None:
+        """Leave out what comes after so many tokens."""
+        del self.ids[length:], self.types[length:], self.labels[length:]
 
 
 class Processor:
@@ -156,6 +175,10 @@ class Processor:
         after max_length - 4 tokens of prompt, images and answer together, and still ends with eos, as in the
         released training code.
 
+        Where a sample supervises `all` answers, each past one is tokenised as it would be generated, and the label
+        of the token behind it is eos, also in templates that go on without one: there the model learns to stop while
+        it reads on. With `max_length`, turns that do not fit are left out from the end.
+
         Args:
             samples: training samples, or mappings with their fields.
             max_length: longest sequence allowed.
@@ -166,8 +189,9 @@ class Processor:
             What `__call__` returns, and labels [b,s]: the ids to learn, -100 elsewhere.
 
         Raises:
-            ValueError: as `__call__`; also a sample of which nothing is left to learn, or whose image span or
-                prompt does not fit into `max_length`.
+            ValueError: as `__call__`.
+            UnusableSampleError: a sample of which nothing is left to learn, or whose image span or prompt does not
+                fit into `max_length`.
         """
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -180,7 +204,8 @@ class Processor:
             try:
                 rows.append(self._training_row(_as_sample(sample), max_length))
             except ValueError as error:
-                raise ValueError(f"sample {index}: {error}") from error
+                kind = UnusableSampleError if isinstance(error, UnusableSampleError) else ValueError
+                raise kind(f"sample {index}: {error}") from error
         batch = self._collate(rows, padding_side, max_length if pad_to_max_length else None)
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([_pad(r.labels, IGNORED_LABEL, width, padding_side) for r in rows])
@@ -294,12 +319,19 @@ class Processor:
     ) -> _Row:
         """A prompt; `spans` is how many images of the model each picture becomes, None to cut the pictures here."""
         sample = TrainingSample(prompt, images=images, history=history, template=template)
-        row, groups, _ = self._start(sample, spans)
+        row, groups, pieces = self._start(sample, spans)
+        self._add_text(row, pieces[0], groups)
+        row.prompt_length = len(row.ids)
         self._add_last(row, groups)
         return row
 
-    def _start(self, sample: TrainingSample, spans: Sequence[int] | None = None) -> tuple[_Row, list[int], str]:
-        """A prompt without the images that stand behind everything, the images per picture, and its text."""
+    def _start(self, sample: TrainingSample, spans: Sequence[int] | None = None) -> tuple[_Row, list[int], list[str]]:
+        """What a row begins with.
+
+        Returns:
+            the row up to its text; the images of the model per picture; and the text, in one piece, or, where all
+            answers are learnt, in pieces, of which every second one is a past answer.
+        """
         config, pictures = self.config, _as_images(sample.images)
         if pictures and config.image_size is None:
             raise ValueError(_TEXT_ONLY)
@@ -308,7 +340,10 @@ class Processor:
         if grid is not None:
             query = snap_coordinates(query, grid)
             turns = [(snap_coordinates(asked, grid), snap_coordinates(said, grid)) for asked, said in turns]
-        place, slot = config.place, config.spelling.image_slot
+        apart = sample.supervise == "all" and bool(turns)
+        if apart:
+            turns = [(asked, f"{_ANSWER_EDGE}{said.replace(_ANSWER_EDGE, '')}{_ANSWER_EDGE}") for asked, said in turns]
+        place = config.place
         count, marked = len(pictures), place == "slot"
         text = render_prompt(query, sample.template or config.template, config.family, turns, count, marked)
         parts = [[picture] for picture in pictures] if spans else [self.split(picture) for picture in pictures]
@@ -319,14 +354,10 @@ class Processor:
         row.add([] if config.bos_id is None else [config.bos_id])
         if place == "first":
             self._add_images(row, groups)
-        for index, piece in enumerate(text.split(slot) if marked and slot is not None else [text]):
-            if index:
-                self._add_images(row, groups[index - 1 : index])
-                attached = piece and not piece[0].isspace() and piece[0] != "<"
-                piece = self._led(piece, config.spelling.image_lead) if attached else piece
-            self._add_text(row, piece)
-        row.prompt_length = len(row.ids)
-        return row, groups, text
+        pieces = text.split(_ANSWER_EDGE) if apart else [text]
+        if apart and len(pieces) == 1:
+            raise ValueError("its template leaves past turns out: learn the last answer only, or use another template")
+        return row, groups, pieces
 
     def _add_last(self, row: _Row, groups: list[int]) -> None:
         if self.config.place == "last":
@@ -343,13 +374,23 @@ class Processor:
                 row.add(self._close)
                 row.ends_with_image = True
 
-    def _add_text(self, row: _Row, text: str) -> None:
-        end = self.config.spelling.end_slot
-        for index, piece in enumerate(text.split(end) if end is not None else [text]):
+    def _add_text(self, row: _Row, text: str, groups: Sequence[int], inner: bool = False) -> int:
+        """Add a text and the images that it marks; how many pictures these are. `inner`: it follows other text."""
+        spelling = self.config.spelling
+        slot = spelling.image_slot if self.config.place == "slot" else None
+        pieces = [text] if slot is None else text.split(slot)
+        for index, piece in enumerate(pieces):
             if index:
-                row.add([self.config.eos_id])
-            if piece:
-                row.add(self.tokenizer.encode(piece))
+                self._add_images(row, groups[index - 1 : index])
+                attached = piece and not piece[0].isspace() and piece[0] != "<"
+                piece = self._led(piece, spelling.image_lead) if attached else piece
+            for number, part in enumerate([piece] if spelling.end_slot is None else piece.split(spelling.end_slot)):
+                if number:
+                    row.add([self.config.eos_id])
+                if part:
+                    joined = inner and not index and not number
+                    row.add(self.inner_ids(part) if joined else self.tokenizer.encode(part))
+        return len(pieces) - 1
 
     def _led(self, text: str, lead: str) -> str:
         """Put `lead` before a text, unless the tokenizer begins words by itself."""
@@ -358,30 +399,59 @@ class Processor:
 
     def _training_row(self, sample: TrainingSample, max_length: int | None) -> _Row:
         if sample.answer is None:
-            raise ValueError("nothing to learn: give an answer, or end with the assistant's message")
-        row, groups, text = self._start(sample)
-        lead = self.config.spelling.answer_lead if text and sample.answer else ""
-        answer = self.tokenizer.encode(self._led(sample.answer, lead))
-        if max_length is not None:
-            tail = _Row()
-            self._add_last(tail, groups)
-            before = len(row.ids) + len(tail.ids)
-            images_length, needed = sum(row.types) + sum(tail.types), before + len(answer) + 4
-            if images_length + 4 > max_length:
-                raise ValueError(
-                    f"its image span(s) of {images_length} tokens do not fit into max_length {max_length}: "
-                    f"raise max_length to {needed} or more, or use fewer or smaller images"
-                )
-            room = max_length - 4 - before
+            raise UnusableSampleError("nothing to learn: give an answer, or end with the assistant's message")
+        row, groups, pieces = self._start(sample)
+        lead = self.config.spelling.answer_lead if pieces[0] else ""
+        texts, said = pieces[::2], [*pieces[1::2], sample.answer]
+        answers = [self.tokenizer.encode(self._led(text, lead if text else "")) for text in said]
+        texts[:-1] = [self._without_gap(text, sample.template) for text in texts[:-1]]
+        tail = _Row()
+        self._add_last(tail, groups)
+        used = 0
+        for turn, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+            end = len(row.ids)
+            marked = self._add_text(row, text, groups[used:], inner=turn > 0)
+            if turn == 0:
+                row.prompt_length = len(row.ids)
+            room = len(answer) if max_length is None else max_length - 4 - len(row.ids) - len(tail.ids)
             if room < min(len(answer), 1):
-                raise ValueError(
-                    f"its prompt of {before} tokens leaves no room for the answer in max_length "
-                    f"{max_length}: raise max_length to {needed} or more, or leave the sample out"
-                )
-            answer = answer[:room]
-        row.add([*answer, self.config.eos_id], learnt=True)
+                if turn == 0:
+                    raise UnusableSampleError(self._does_not_fit(row, tail, len(answer), max_length))
+                row.cut(end)
+                break
+            if turn:
+                row.labels[end] = self.config.eos_id
+            used += marked
+            row.add(answer[:room], learnt=True)
+            if room < len(answer):
+                break
+        if self.config.place == "slot" and used < len(groups):
+            raise UnusableSampleError(
+                f"{len(groups) - used} image(s) of later turns do not fit into max_length {max_length}: raise "
+                f"max_length, or leave the sample out"
+            )
+        row.add([self.config.eos_id], learnt=True)
         self._add_last(row, groups)
         return row
+
+    def _does_not_fit(self, row: _Row, tail: _Row, answer_length: int, max_length: int | None) -> str:
+        """Why a prompt leaves no room."""
+        before = len(row.ids) + len(tail.ids)
+        images_length, needed = sum(row.types) + sum(tail.types), before + answer_length + 4
+        if max_length is not None and images_length + 4 > max_length:
+            return (
+                f"its image span(s) of {images_length} tokens do not fit into max_length {max_length}: "
+                f"raise max_length to {needed} or more, or use fewer or smaller images"
+            )
+        return (
+            f"its prompt of {before} tokens leaves no room for the answer in max_length "
+            f"{max_length}: raise max_length to {needed} or more, or leave the sample out"
+        )
+
+    def _without_gap(self, text: str, template: str | None) -> str:
+        """What stands before a past answer, as it reads when that answer is generated."""
+        current = get_template(self.config.family, template or self.config.template).current
+        return text.rstrip() + current[len(current.rstrip()) :]
 
     def _collate(self, rows: list[_Row], side: str, width: int | None) -> Batch:
         width = max(len(row.ids) for row in rows) if width is None else width

@@ -5,14 +5,16 @@ from mixformer.mixins.code_head import CodeHeadMixin
 from mixformer.mixins.contrastive_head import ContrastiveHeadMixin
 from mixformer.mixins.conv_stem import ConvStemMixin
 from mixformer.mixins.cross_attention import CrossAttentionMixin
+from mixformer.mixins.documents import DocumentsMixin
 from mixformer.mixins.encoder_cross_attention import EncoderCrossAttentionMixin
 from mixformer.mixins.frame_embedding import FrameEmbeddingMixin
 from mixformer.mixins.gated_mlp import GatedMLPMixin
-from mixformer.mixins.image import ImageMixin, ImageTokensMixin
+from mixformer.mixins.image import ImageMixin
 from mixformer.mixins.image_beside import ImageBesideMixin
 from mixformer.mixins.image_positions import ImagePositionsMixin
 from mixformer.mixins.image_regions import ImageRegionsMixin
 from mixformer.mixins.image_relative_bias import ImageRelativeBiasMixin
+from mixformer.mixins.image_tokens import ImageTokensMixin
 from mixformer.mixins.lenet import LeNetMixin
 from mixformer.mixins.lm_head import LMHeadMixin
 from mixformer.mixins.lora import LoRAMixin
@@ -43,6 +45,7 @@ __all__ = [
     "ContrastiveHeadMixin",
     "ConvStemMixin",
     "CrossAttentionMixin",
+    "DocumentsMixin",
     "EncoderCrossAttentionMixin",
     "FrameEmbeddingMixin",
     "GatedMLPMixin",

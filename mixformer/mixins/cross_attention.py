@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,12 @@ import torch.nn as nn
 
 from mixformer.config import VisionTowerConfig
 from mixformer.context import Context
+from mixformer.hooks import wrap
+from mixformer.mixins.blank import blank_picture, nothing_of
 from mixformer.mixins.feature_attention import FeatureAttentionMixin
+from mixformer.ready_features import ready_features
 from mixformer.routes import items_by_row
+from mixformer.transformer import Layer
 
 
 class CrossAttentionMixin(FeatureAttentionMixin):
@@ -18,15 +23,17 @@ class CrossAttentionMixin(FeatureAttentionMixin):
 
     A row attends to all of its own pictures. Rows without one get exact zeros, and a batch without any pays nothing.
     With a cache, keys and values are computed once and kept in `cache.memo`; pictures that come with a later chunk
-    are seen from that chunk on.
+    are seen from that chunk on. `cross_images` [m, patches, c] are features that a frozen tower gave before.
 
     Args:
         tower: config of the encoder, a model that turns `images` into features [m, patches, c].
         compute_size: width of the cross attention; None for the features'.
         num_heads: heads of the cross attention; None for the language model's.
+        synchronised, encoded (attributes): see `mixformer.mixins.blank`.
     """
 
     inputs = ("cross_images",)
+    synchronised = encoded = False
 
     def __init__(self, tower: VisionTowerConfig, compute_size: int | None = None, num_heads: int | None = None) -> None:
         super().__init__(tower.feature_size, compute_size or tower.feature_size, num_heads, bias=False)
@@ -60,7 +67,11 @@ class CrossAttentionMixin(FeatureAttentionMixin):
     def before_forward(self, ctx: Context) -> None:
         if f"{self.name}.rows" not in ctx.shared:
             self.give(None, None, ctx)
+            if self.synchronised:
+                ctx.shared[f"{self.name}.nothing"] = nothing_of(self.encode(blank_picture(self.tower)))
             return
+        if self.synchronised:
+            self.encoded = True
         features, places = self.encode(ctx.require("cross_images")), ctx.shared[f"{self.name}.rows"]
         if places is None:
             self.give(features, None, ctx)
@@ -69,6 +80,19 @@ class CrossAttentionMixin(FeatureAttentionMixin):
         valid = (places >= 0).repeat_interleave(features.shape[1], dim=1)
         self.give(features[places.clamp_min(0)].flatten(1, 2), valid, ctx)
 
+    @wrap
+    def cross_attention_forward(
+        self, hidden_states: torch.Tensor, layer: Layer, ctx: Context,
+        old_impl: Callable[[torch.Tensor], torch.Tensor | None],
+    ) -> torch.Tensor | None:
+        found = super().cross_attention_forward(hidden_states, layer, ctx, old_impl)
+        nothing = ctx.shared.get(f"{self.name}.nothing")
+        if nothing is None:
+            return found
+        return nothing.to(hidden_states.dtype).expand_as(hidden_states) if found is None else found + nothing
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[m, 3, y, x] -> [m, patches, c], positions added."""
+        if images.dim() == 3:
+            return ready_features(images, self.tower, self.name) + self.position_embedding
         return self.tower(images=images.to(self.position_embedding.dtype)) + self.position_embedding

@@ -10,7 +10,7 @@ from mixformer.config import VisionTowerConfig
 from mixformer.connectors.connector import ConnectorConfig
 from mixformer.context import Context
 from mixformer.hooks import wrap
-from mixformer.mixins.image import ImageTokensMixin
+from mixformer.mixins.image_tokens import ImageTokensMixin
 
 
 class ImageBesideMixin(ImageTokensMixin):

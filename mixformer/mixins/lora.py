@@ -12,55 +12,44 @@ import torch.nn.functional as F
 
 from mixformer.context import Context
 from mixformer.hooks import wrap
+from mixformer.mixins.low_rank import Adapter, check_selectors, selected
 from mixformer.sites import Linear, Site, SiteMixin, all_sites, layer_sites, model_sites
 from mixformer.transformer import Layer
-
-
-class Adapter(nn.Module):
-    """Low-rank update of a Linear or of a row block of one: scale * b @ a."""
-
-    def __init__(self, linear: Linear, part: str | None, rank: int, scale: float) -> None:
-        super().__init__()
-        rows = slice(0, linear.out_features) if part is None else linear.parts[part]
-        self.rows, self.scale, self.padding = rows, scale, (rows.start, linear.out_features - rows.stop)
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(rows.stop - rows.start, rank))
-        nn.init.kaiming_uniform_(self.a, a=5**0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out], zero outside its rows."""
-        delta = F.linear(F.linear(x, self.a), self.b) * self.scale
-        return F.pad(delta, self.padding) if any(self.padding) else delta
 
 
 class LoRAMixin(SiteMixin):
     """Add low-rank updates to Linears; they start as zero, can be merged, and leave no trace when removed.
 
-    Sites are those present when the mixin is added. `save_pretrained` saves the unmerged weights.
+    Sites are those present when the mixin is added. `save_pretrained` saves the unmerged weights. Merging at any step
+    of training leaves the adapters and what the optimiser knows of them alone.
 
     Args:
-        sites: patterns over site names; `qkv:q` adapts the q rows of a fused projection.
+        sites: selectors of Linears: a mixin (`vision_expert`), a path (`image.projector`), `language` (the backbone's
+            own and its head), or globs over site names (`*.qkv`); `qkv:q` adapts the q rows of a fused projection.
         rank: of each update.
         alpha: updates are scaled by alpha / rank.
+        rank_stabilized: scale by alpha / sqrt(rank) instead (arXiv:2312.03732).
         dropout: on the adapter's input while training.
 
     Raises:
-        ValueError: rank below one; when added: a pattern that matches no Linear.
+        ValueError: rank below one, dropout outside [0, 1); when added: a pattern that matches no Linear.
     """
 
-    def __init__(self, sites: list[str], rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, sites: list[str], rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rank_stabilized: bool = False
+    ) -> None:
         super().__init__(sites)
         if rank < 1:
             raise ValueError(f"LoRA rank is {rank}; it must be at least 1.")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoRA dropout is {dropout}; it must be in 0 <= dropout < 1.")
         self.rank, self.alpha, self.dropout, self.merged = rank, alpha, dropout, False
+        self.scale = alpha / (rank**0.5 if rank_stabilized else rank)
 
     def build(self, model: Any) -> None:
         self.adapters = self._adapters(model_sites(model))
         linears = [site for _, site in all_sites(model) if isinstance(site.module, Linear)]
-        for pattern in self.sites:
-            if not any(SiteMixin([pattern]).matching_parts(site) for site in linears):
-                names = ", ".join(sorted({site.name for site in linears}))
-                raise ValueError(f"LoRA pattern '{pattern}' matches no Linear here. Sites: {names}.")
+        check_selectors(self.sites, linears, model)
         prefixes = {site.name.split(".")[0] for site in linears if self.matching_parts(site)}
         self._adapted = {prefix for prefix in prefixes if prefix in model.mixins}
 
@@ -68,22 +57,27 @@ class LoRAMixin(SiteMixin):
         return self._adapters(layer_sites(layer)) or None
 
     def _adapters(self, sites: list[Site]) -> nn.ModuleDict:
-        scale, adapters = self.alpha / self.rank, nn.ModuleDict()
+        adapters = nn.ModuleDict()
         for site in sites:
             if isinstance(site.module, Linear) and (parts := self.matching_parts(site)):
-                made = {part or "all": Adapter(site.module, part, self.rank, scale) for part in parts}
+                made = {part or "all": Adapter(site.module, part, self.rank, self.scale) for part in parts}
                 adapters[_key(site)] = nn.ModuleDict(made)
         return adapters
+
+    def matching_parts(self, site: Site) -> list[str | None]:
+        """Parts of the site that a selector selects; [None] for all of it, [] for nothing."""
+        parts = {pattern.partition(":")[2] or None for pattern in self.sites if selected(pattern, site)}
+        return [None] if None in parts else sorted(parts, key=str)
 
     def depends_on(self) -> set[str]:
         return self._adapted
 
-    def _of(self, site: Site, layer: Layer | None) -> Any:
-        if layer is None:
-            home: Any = self.adapters
-        else:
-            home = layer.mixins[self.name] if self.name in layer.mixins else {}
-        return home[_key(site)].values() if _key(site) in home else ()
+    def adapters_of(self, site: Site, layer: Layer | None) -> dict[str, Adapter]:
+        """{part of the site, or "all": its adapter} of a site in a layer, or outside the layers."""
+        home: Any = self.adapters if layer is None else {}
+        if layer is not None and self.name in layer.mixins:
+            home = layer.mixins[self.name]
+        return dict(home[_key(site)].items()) if _key(site) in home else {}
 
     @wrap
     def linear_forward(
@@ -95,7 +89,7 @@ class LoRAMixin(SiteMixin):
             return y
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        for adapter in self._of(site, layer):
+        for adapter in self.adapters_of(site, layer).values():
             y = y + adapter(x)
         return y
 
@@ -104,23 +98,28 @@ class LoRAMixin(SiteMixin):
         """Add the updates to the weights; the originals are kept, so that `unmerge` is exact."""
         if self.merged:
             return
-        self._originals: list[tuple[Linear, torch.Tensor]] = []
+        self._originals: list[tuple[Linear, torch.Tensor, list[Adapter]]] = []
         for layer, site in all_sites(model):
-            adapters = list(self._of(site, layer)) if isinstance(site.module, Linear) else []
+            adapters = list(self.adapters_of(site, layer).values()) if isinstance(site.module, Linear) else []
             if adapters:
-                self._originals.append((site.module, site.module.weight.detach().clone()))
+                self._originals.append((site.module, site.module.weight.detach().clone(), adapters))
             for adapter in adapters:
-                site.module.weight[adapter.rows] += (adapter.b @ adapter.a) * adapter.scale
+                adapter.add_to(site.module.weight)
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit."""
-        if self.merged:
-            for linear, weight in self._originals:
-                linear.weight.copy_(weight)
-            self._originals = []
-            self.merged = False
+        """Put the original weights back, bit for bit; from weights that changed since, the updates are subtracted."""
+        for linear, original, adapters in self._originals if self.merged else ():
+            merged = original.clone()
+            for adapter in adapters:
+                adapter.add_to(merged)
+            if torch.equal(merged, linear.weight):
+                linear.weight.copy_(original)
+            else:
+                for adapter in adapters:
+                    adapter.add_to(linear.weight, -1.0)
+        self._originals, self.merged = [], False
 
     def on_detach(self, model: Any) -> None:
         self.unmerge()

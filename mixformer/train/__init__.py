@@ -1,6 +1,7 @@
 """Training: one loop, tasks that say what is learned from, and stages of both."""
 
-from mixformer.train.loop import TrainConfig, select_parameters, train
+from mixformer.train.loop import TrainConfig, train
+from mixformer.train.roles import Role, select_parameters
 from mixformer.train.stages import EvaluateSection, Evaluation, Stage, Task, TrainSection, evaluate, run, run_stages
 from mixformer.train.tasks import (
     ClassTask,
@@ -14,6 +15,6 @@ from mixformer.train.tasks import (
 
 __all__ = [
     "ClassTask", "ConversationTask", "EvaluateSection", "Evaluation", "FileTask", "InfillingTask", "MaskedTextTask",
-    "PairTask", "Stage", "Task", "TextTask", "TrainConfig", "TrainSection", "evaluate", "run", "run_stages",
+    "PairTask", "Role", "Stage", "Task", "TextTask", "TrainConfig", "TrainSection", "evaluate", "run", "run_stages",
     "select_parameters", "train",
 ]  # fmt: skip

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mixformer.train.loop import Losses, TrainConfig, atomic_save, model_losses, train
+from mixformer.train.engine import Engine
+from mixformer.train.loop import TrainConfig, train
+from mixformer.train.state import atomic_save, newest_state, remove_states, seed_all
+from mixformer.train.task import Task
+
+__all__ = ["EvaluateSection", "Evaluation", "Stage", "Task", "TrainSection", "evaluate", "run", "run_stages"]
 
 
-class Task:
-    """What a stage learns from. Subclasses give batches; the rest has defaults."""
-
-    def prepare(self, model: Any, processor: Any) -> None:
-        """Get the model ready, say by adding mixins that only training needs."""
-
-    def batches(self) -> Iterator[Any]:
-        """Yield batches without end; runs after `prepare`.
-
-        Raises:
-            TypeError: a task that gives none.
-        """
-        raise TypeError(f"{type(self).__name__} must define batches().")
-
-    def loss(self, model: Any, batch: Any) -> Losses:
-        """Named losses of a batch; by default those of the objective of the model's class."""
-        return model_losses(model, batch)
-
-    def finish(self, model: Any) -> None:
-        """Undo what `prepare` did; also runs when training stops with an error."""
+STATE_SUFFIX = ".state.pt"
 
 
 class Evaluation:
@@ -55,6 +40,7 @@ class Stage:
         name: for the log.
         task: what it learns from.
         loop: the loop's options.
+        validation: what it is validated on; None for what `task` keeps apart for that, if anything.
         trains: name of an entry of `stages` of the model's class, which says what is trainable and what is frozen;
             None where `loop` says it.
     """
@@ -63,6 +49,7 @@ class Stage:
     task: Task
     loop: TrainConfig = field(default_factory=TrainConfig)
     trains: str | None = None
+    validation: Task | None = None
 
     def options(self, model: Any) -> TrainConfig:
         """The loop's options, with the parameters that `trains` names.
@@ -95,9 +82,12 @@ class TrainSection:
         stages: in order.
         output: folder that the trained model and its processor are saved to, relative to where the command runs.
         dtype: of the saved weights; None for the model's.
-        logs: folder of the stages' logs, and of the weights after each stage; None for `{output}-logs`.
+        logs: folder of the stages' logs and states, and of the weights after each stage; None for `{output}-logs`.
         keep_stages: whether to keep the weights after each stage.
-        resume: go on after the last stage whose weights were kept.
+        resume: go on from the last state that was saved, or after the last stage whose weights were kept.
+        engine: how the processes that torchrun starts share the work: `ddp`, `fsdp`, `single` for one process, or
+            `auto`, which is ddp for models below a billion parameters.
+        replicas: groups of processes that hold all weights each, with fsdp.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -106,6 +96,8 @@ class TrainSection:
     logs: str | None = None
     keep_stages: bool = False
     resume: bool = False
+    engine: str = "auto"
+    replicas: int = 1
 
 
 @dataclass
@@ -123,7 +115,7 @@ class EvaluateSection:
 
 def run_stages(
     model: Any, stages: list[Stage], processor: Any = None, logs: str | Path | None = None, keep_stages: bool = False,
-    resume: bool = False,
+    resume: bool = False, engine: Engine | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run the stages one after the other on one model.
 
@@ -131,9 +123,11 @@ def run_stages(
         model: changed in place.
         stages: in order; names must differ.
         processor: what tasks make their batches with.
-        logs: folder of `{name}.jsonl` logs, for stages that name no log of their own.
+        logs: folder of `{name}.jsonl` logs and `{name}.state.pt` states, for stages that name none of their own. Such
+            a state is written every `loop.save_every` steps and on SIGTERM, and deleted when the next stage is done.
         keep_stages: write the weights after each stage to `{name}.pt` in that folder.
-        resume: go on after the last stage whose weights lie there.
+        resume: go on from the last state that was saved, or else after the last stage whose weights lie there.
+        engine: the processes that train together; one by default.
 
     Returns:
         what `train` returned, by stage that ran.
@@ -145,44 +139,80 @@ def run_stages(
     names = [stage.name for stage in stages]
     if not stages or len(set(names)) < len(names):
         raise ValueError(f"Training takes one stage or more, each with a name of its own; got {names}.")
+    engine = Engine() if engine is None else engine
     folder = None if logs is None else Path(logs)
+    loops = [_with_files(stage.options(model), stage.name, folder) for stage in stages]
+    states = [loop.state_path for loop in loops if loop.state_path is not None]
+    if len(set(states)) < len(states):
+        raise ValueError(f"Stages share a state_path ({', '.join(states)}): give each its own, or leave it out.")
     first, results = 0, {}
-    if resume and folder is not None:
-        kept = [index for index, name in enumerate(names) if (folder / f"{name}.pt").exists()]
-        if kept:
-            first = kept[-1] + 1
-            model.load_state_dict(torch.load(folder / f"{names[kept[-1]]}.pt", weights_only=True))
-    loops = [stage.options(model) for stage in stages]
-    for stage, loop in list(zip(stages, loops, strict=True))[first:]:
-        if folder is not None and loop.log_path is None:
-            loop = replace(loop, log_path=str(folder / f"{stage.name}.jsonl"))
-        stage.task.prepare(model, processor)
+    if resume:
+        first = _first_left(model, names, loops, folder)
+        loops = [replace(loop, resume=True) for loop in loops]
+    for index in range(first, len(stages)):
+        stage, loop = stages[index], loops[index]
+        prepared = [task for task in (stage.task, stage.validation) if task is not None]
+        for task in prepared:
+            task.prepare(model, processor)
         try:
-            results[stage.name] = train(model, stage.task.batches(), loop, stage.task.loss)
+            results[stage.name] = train(model, stage.task, loop, validation=stage.validation, engine=engine)
         finally:
-            stage.task.finish(model)
+            for task in reversed(prepared):
+                task.finish(model)
         if keep_stages and folder is not None:
-            atomic_save(model.state_dict(), folder / f"{stage.name}.pt")
+            weights = engine.weights(model)
+            if engine.rank == 0:
+                atomic_save(weights, folder / f"{stage.name}.pt")
+        if folder is not None and index and engine.rank == 0:
+            remove_states(folder / f"{names[index - 1]}{STATE_SUFFIX}")
     return results
 
 
+def _with_files(loop: TrainConfig, name: str, folder: Path | None) -> TrainConfig:
+    if folder is not None and loop.log_path is None:
+        loop = replace(loop, log_path=str(folder / f"{name}.jsonl"))
+    if folder is not None and loop.state_path is None:
+        state = str(folder / f"{name}{STATE_SUFFIX}")
+        loop = replace(loop, state_path=state, save_at_end=loop.save_at_end and loop.save_every > 0)
+    return loop
+
+
+def _first_left(model: Any, names: list[str], loops: list[TrainConfig], folder: Path | None) -> int:
+    """Number of the stage to go on with: the last that has a state, or the one after kept weights, which are loaded."""
+    for index in reversed(range(len(names))):
+        path = loops[index].state_path
+        if path is not None and newest_state(path) is not None:
+            return index
+        kept = None if folder is None else folder / f"{names[index]}.pt"
+        if kept is not None and kept.exists():
+            model.load_state_dict(torch.load(kept, weights_only=True, map_location="cpu"))
+            return index + 1
+    return 0
+
+
 def run(model: Any, processor: Any, settings: Any) -> dict[str, Any]:
-    """Train by the `train:` section of the settings and save the result.
+    """Train by the `train:` section of the settings and save the result; every process of torchrun calls it.
 
     Raises:
         ValueError: there is no such section.
     """
     from mixformer.checkpoint import save_pretrained
+    from mixformer.train.parallel import engine_of
 
     section = settings.train
     if section is None or not section.stages:
         raise ValueError("There is nothing to train on: give train.stages in the configuration file.")
-    torch.manual_seed(settings.seed)
-    logs = section.logs or f"{section.output}-logs"  # a checkpoint is not written into a folder of other things
-    results = run_stages(model, section.stages, processor, logs, section.keep_stages, section.resume)
-    if section.dtype is not None:
-        model = model.to(getattr(torch, section.dtype))
-    save_pretrained(model, section.output, processor=processor)
+    engine = engine_of(section.engine, model, section.replicas)
+    try:
+        seed_all(settings.seed + engine.rank)
+        logs = section.logs or f"{section.output}-logs"  # a checkpoint is not written into a folder of other things
+        results = run_stages(model, section.stages, processor, logs, section.keep_stages, section.resume, engine)
+        with engine.whole(model) as whole:
+            if whole is not None:
+                whole = whole if section.dtype is None else whole.to(getattr(torch, section.dtype))
+                save_pretrained(whole, section.output, processor=processor)
+    finally:
+        engine.close()
     return {**results, "saved": section.output}
 
 
@@ -195,6 +225,8 @@ def evaluate(model: Any, processor: Any, settings: Any) -> dict[str, Any]:
     section = settings.evaluate
     if section is None or section.evaluation is None:
         raise ValueError("There is nothing to judge by: give evaluate.evaluation in the configuration file.")
+    if getattr(section.evaluation, "checkpoint", "") is None and settings.weights is not None:
+        section.evaluation.checkpoint = str(settings.weights)  # its hash goes into the results
     scores: dict[str, Any] = section.evaluation(model.eval(), processor)
     if section.output is not None:
         path = Path(section.output)

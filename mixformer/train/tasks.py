@@ -1,23 +1,21 @@
 """What models learn from: files of conversations, texts and labelled pictures.
 
-A file ends with ``.jsonl`` and has one JSON object a line, of which a task reads the fields that it needs:
+Files are in any form that `mixformer.data.readers` reads; of each sample a task reads the fields that it needs:
 
     {"messages": [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "a red circle"}],
      "images": ["0001.png"], "text": "a red circle", "label": 3, "features": [[0.5, ...], ...]}
 
-Pictures are named relative to the file. Any other file is plain text: every line that is not empty is a `text`, and
-empty lines part documents. Files are relative to where the command runs. Batches come without end: the samples are
-shuffled anew each time all of them were seen.
+Files are relative to where the command runs. Batches come without end: the samples are shuffled anew each time all of
+them were seen (`mixformer.data.stream`).
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,95 +23,25 @@ import numpy as np
 import torch
 
 from mixformer.data.causal_mask import CausalMaskTransform
+from mixformer.data.processor import TrainingSample, UnusableSampleError
+from mixformer.data.readers import JoinedRecords, Records, Source, open_records
+from mixformer.data.records import Record, training_sample
+from mixformer.data.stream import Batch, Deck, Reading, Stream
 from mixformer.images import CLIP_MEAN, CLIP_STD, preprocess_image
 from mixformer.objectives import IGNORED_LABEL
 from mixformer.train.stages import Task
 
-Batch = dict[str, Any]
 _Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One line of a file.
-
-    Attributes:
-        where: file and line, for messages.
-        content: its fields; `images` are paths that exist.
-        document: number of the document that it belongs to; every line of JSON is one by itself.
-    """
-
-    where: str
-    content: dict[str, Any]
-    document: int
-
-    def get(self, name: str, kind: type[_Item]) -> _Item:
-        """A field.
-
-        Raises:
-            ValueError: it is missing, or of another type.
-        """
-        if name not in self.content:
-            names = ", ".join(self.content) or "nothing"
-            raise ValueError(f"{self.where} has no '{name}', only {names}. This task learns from it.")
-        value = self.content[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{self.where}: '{name}' must be of type {kind.__name__}, not {value!r}.")
-        return value
-
-    def picture(self) -> Path:
-        """The one picture.
-
-        Raises:
-            ValueError: none, or several.
-        """
-        images = self.get("images", list)
-        if len(images) != 1:
-            raise ValueError(f"{self.where} has {len(images)} images; this task learns from one picture a line.")
-        picture: Path = images[0]
-        return picture
-
-
-def read_samples(file: str | Path) -> list[Sample]:
-    """Read a file of samples (see the top of this module).
+def read_samples(file: str | Path) -> Records:
+    """Open a file of samples.
 
     Raises:
-        ValueError: no such file, nothing in it, a line that is no JSON object, or a picture that is not there; the
-            message names the file and the line.
+        ValueError: no such file, or nothing in it. What is wrong with a sample is said when it is read, with file and
+            line.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path} to learn from. Files are relative to where the command runs.")
-    samples, document = [], 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            document += 1
-        elif path.suffix == ".jsonl":
-            samples.append(Sample(where, _parsed(line, where, path.parent), number))
-        else:
-            samples.append(Sample(where, {"text": line.strip()}, document))
-    if not samples:
-        raise ValueError(f"{path} is empty: it takes one sample a line.")
-    return samples
-
-
-def _parsed(line: str, where: str, folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}). Write one object a line.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is no JSON object: write {{...}} with the fields of a sample.")
-    names = content.get("images")
-    if names is None:
-        return content
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: 'images' must be a list of file names, not {names!r}.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{where} names the picture {name}, which is not in {folder}.")
-    return {**content, "images": [folder / name for name in names]}
+    return open_records(str(file))
 
 
 def shuffled_batches(items: Sequence[_Item], batch_size: int, source: random.Random) -> Iterator[list[_Item]]:
@@ -122,48 +50,90 @@ def shuffled_batches(items: Sequence[_Item], batch_size: int, source: random.Ran
     A batch may hold the last items of one round and the first of the next, but none twice unless there are fewer items
     than it takes.
     """
-    waiting: list[int] = []
+    deck = Deck(len(items), [source.getrandbits(32)])
     while True:
-        while len(waiting) < batch_size:
-            held = set(waiting)
-            waiting += sorted(source.sample(range(len(items)), len(items)), key=lambda index: index in held)
-        yield [items[index] for index in waiting[:batch_size]]
-        waiting = waiting[batch_size:]
+        chosen: list[int] = []
+        for _ in range(batch_size):
+            chosen.append(deck.draw(set(chosen))[1])
+        yield [items[index] for index in chosen]
 
 
 class FileTask(Task):
-    """Learn from a file; subclasses turn samples into a batch.
+    """Learn from files; subclasses turn samples into a batch.
 
     Args:
-        file: see `read_samples`.
-        batch_size: samples in a batch.
+        file: a file or folder, or several `Source`s with weights (see `mixformer.data.readers`).
+        batch_size: samples in a batch, of all processes together.
         max_length: most tokens in a row; None for no limit.
         seed: of the order, and of all other draws.
+        reading: workers, and what is done about samples that cannot be used; None for the defaults.
 
     Raises:
-        ValueError: a batch size or a length below 1.
+        ValueError: a batch size or a length below 1, or no file.
     """
 
-    def __init__(self, file: str, batch_size: int = 8, max_length: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, file: str | list[Source], batch_size: int = 8, max_length: int | None = None, seed: int = 0,
+        reading: Reading | None = None,
+    ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{type(self).__name__}.{name} is {value}; it must be at least 1.")
-        self.file, self.batch_size, self.max_length, self.seed = file, batch_size, max_length, seed
+        self.sources = [Source(file)] if isinstance(file, (str, Path)) else list(file)
+        self.weights = _weights(self.sources)
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.reading = Reading() if reading is None else reading
         self.processor: Any = None
         self.model: Any = None
+        self._stream: Stream | None = None
+        self._saved: dict[str, Any] | None = None
+        self._shard: tuple[int, int] | None = None
+
+    @property
+    def file(self) -> str:
+        """The files, for messages."""
+        return ", ".join(source.file for source in self.sources)
 
     def prepare(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
+        self._stream = self._saved = self._shard = None
+
+    def shard(self, rank: int, world_size: int) -> None:
+        """Make the rows of one process, every `world_size`-th; batches then name their samples in `_samples`."""
+        self._shard = rank, world_size
+        if self._stream is not None:
+            self._stream.shard(rank, world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch."""
+        return self.stream().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; called after `prepare`."""
+        self._saved = state
+        if self._stream is not None:
+            self._stream.load_state_dict(state)
+
+    def stream(self) -> Stream:
+        """Where the batches come from; opened once after `prepare`."""
+        if self._stream is None:
+            self.check()
+            sources = self.samples()
+            stream = Stream(sources, self._named_batch, self.batch_size, self.seed, self.weights, self.reading)
+            if self._shard is not None:
+                stream.shard(*self._shard)
+            if self._saved is not None:
+                stream.load_state_dict(self._saved)
+            self._stream = stream
+        return self._stream
 
     def batches(self) -> Iterator[Batch]:
-        self.check()
-        samples, source = self.samples(), random.Random(self.seed)
-        for chosen in shuffled_batches(samples, self.batch_size, source):
-            yield _on_device(self.batch(chosen, source), self.model)
+        for batch in self.stream():
+            yield _on_device(batch, self.model)
 
-    def samples(self) -> list[Sample]:
-        """All samples of the file."""
-        return read_samples(self.file)
+    def samples(self) -> list[Sequence[Record]]:
+        """The samples of each source."""
+        return [open_records(source) for source in self.sources]
 
     def check(self) -> None:
         """Look before the first batch whether all that the task needs is there.
@@ -177,20 +147,40 @@ class FileTask(Task):
                 f"`processor:` (and `tokenizer:`) in the configuration file."
             )
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
-        """A batch of the samples.
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
+        """A batch of the samples; each has draws of its own, which do not depend on what else is in the batch.
 
         Raises:
             TypeError: a task that makes none.
         """
-        raise TypeError(f"{type(self).__name__} must define batch(samples, source).")
+        raise TypeError(f"{type(self).__name__} must define batch(samples, draws).")
+
+    def _named_batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
+        batch = self.batch(samples, draws)
+        return batch if self._shard is None else {**batch, "_samples": [sample.where for sample in samples]}
 
 
 class ConversationTask(FileTask):
-    """Learn the assistant's last answer in `messages`, given what comes before it and `images`."""
+    """Learn the assistant's answers in `messages`, given what comes before them and `images`.
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
-        rows = [{"prompt": s.get("messages", list), "images": s.content.get("images")} for s in samples]
+    Args:
+        file, batch_size, max_length, seed, reading: as of `FileTask`.
+        supervise: `last` to learn the last answer only, `all` for every answer (see `TrainingSample`).
+    """
+
+    def __init__(
+        self, file: str | list[Source], batch_size: int = 8, max_length: int | None = None, seed: int = 0,
+        reading: Reading | None = None, supervise: str = "last",
+    ) -> None:
+        super().__init__(file, batch_size, max_length, seed, reading)
+        if supervise not in ("last", "all"):
+            raise ValueError(f"ConversationTask.supervise is {supervise!r}; choose last or all.")
+        self.supervise = supervise
+
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
+        for sample in samples:
+            sample.get("messages", list)
+        rows = [training_sample(sample, self.processor.config, self.supervise) for sample in samples]
         return _training_batch(self, samples, rows)
 
 
@@ -198,26 +188,26 @@ class TextTask(FileTask):
     """Learn all tokens of `text`.
 
     Args:
-        file, batch_size, max_length, seed: as of `FileTask`.
+        file, batch_size, max_length, seed, reading: as of `FileTask`.
         pictures: the text is about the line's `images`, which come with it.
         random_prefix: a random number of the first words, not all, is given instead of learnt, as in SimVLM
             (arXiv:2108.10904, section 3.1).
     """
 
     def __init__(
-        self, file: str, batch_size: int = 8, max_length: int | None = None, seed: int = 0, pictures: bool = False,
-        random_prefix: bool = False,
+        self, file: str | list[Source], batch_size: int = 8, max_length: int | None = None, seed: int = 0,
+        pictures: bool = False, random_prefix: bool = False, reading: Reading | None = None,
     ) -> None:
-        super().__init__(file, batch_size, max_length, seed)
+        super().__init__(file, batch_size, max_length, seed, reading)
         self.pictures, self.random_prefix = pictures, random_prefix
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
         rows = []
-        for sample in samples:
+        for sample, source in zip(samples, draws, strict=True):
             words = sample.get("text", str).split(" ")
             given = source.randrange(len(words)) if self.random_prefix else 0
             images = sample.get("images", list) if self.pictures else None
-            rows.append({"prompt": " ".join(words[:given]), "answer": " ".join(words[given:]), "images": images})
+            rows.append(TrainingSample(" ".join(words[:given]), " ".join(words[given:]), images))
         return _training_batch(self, samples, rows)
 
 
@@ -230,7 +220,7 @@ class MaskedTextTask(FileTask):
     that of another line (VisualBERT, arXiv:1908.03557, section 3.3).
 
     Args:
-        file, batch_size, max_length, seed: as of `FileTask`.
+        file, batch_size, max_length, seed, reading: as of `FileTask`.
         mask_fraction: of the tokens of the texts; one at least is chosen.
         pairs: whether to learn that the parts belong together; without, each row is one `text`.
         pictures: `none`; `images` for pixels; `features` for the line's own `features` [N, c], or, where it has none,
@@ -238,41 +228,46 @@ class MaskedTextTask(FileTask):
     """
 
     def __init__(
-        self, file: str, batch_size: int = 8, max_length: int | None = None, seed: int = 0,
-        mask_fraction: float = 0.15, pairs: bool = True, pictures: str = "none",
+        self, file: str | list[Source], batch_size: int = 8, max_length: int | None = None, seed: int = 0,
+        mask_fraction: float = 0.15, pairs: bool = True, pictures: str = "none", reading: Reading | None = None,
     ) -> None:
-        super().__init__(file, batch_size, max_length, seed)
+        super().__init__(file, batch_size, max_length, seed, reading)
         if pictures not in ("none", "images", "features"):
             raise ValueError(f"MaskedTextTask.pictures is {pictures!r}; choose none, images or features.")
         if not 0.0 < mask_fraction < 1.0:
             raise ValueError(f"MaskedTextTask.mask_fraction is {mask_fraction}; it must be between 0 and 1.")
         self.mask_fraction, self.pairs, self.pictures = mask_fraction, pairs, pictures
-        self._all: list[list[str]] = []
+        self._all: list[Sequence[Record]] = []
 
     def check(self) -> None:
         super().check()
         if getattr(self.processor.tokenizer, "mask_id", None) is None:
             raise ValueError("The tokenizer has no token that masks others: take one with [MASK] or <mask>.")
 
-    def samples(self) -> list[Sample]:
-        samples = super().samples()
+    def samples(self) -> list[Sequence[Record]]:
+        sources = super().samples()
         if self.pictures == "none" and self.pairs:
-            samples = _neighbours(samples)
-        self._all = [self._parts(sample) for sample in samples]
-        if self.pairs and len({parts[-1] for parts in self._all}) < 2:
-            raise ValueError(f"{self.file} has one text only: nothing else can take its place. Set pairs: false.")
-        return samples
+            sources = [_Neighbours(samples) for samples in sources]
+        self._all = sources
+        if self.pairs:
+            joined = JoinedRecords(sources)
+            texts = (self._last_part(joined, number) for number in range(len(joined)))
+            known = (text for text in texts if text is not None)
+            first = next(known, None)
+            if all(text == first for text in known):
+                raise ValueError(f"{self.file} has one text only: nothing else can take its place. Set pairs: false.")
+        return sources
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
         encode, config = self.processor.tokenizer.encode, self.processor.config
         with_images = self.pictures != "none"
         rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": [], "token_type_ids": []}
         apart = []
-        for sample in samples:
+        for sample, source in zip(samples, draws, strict=True):
             parts = self._parts(sample)
             swapped = self.pairs and source.random() < 0.5
             if swapped:
-                parts = [*parts[:-1], source.choice([p[-1] for p in self._all if p[-1] != parts[-1]])]
+                parts = [*parts[:-1], self._other(parts[-1], source)]
             apart.append(int(swapped))
             texts = _shortened([encode(part) for part in parts], self.max_length)
             ids, types, owners = self.processor.sentences(texts, int(with_images))
@@ -292,7 +287,22 @@ class MaskedTextTask(FileTask):
             return batch
         return {**batch, **self._picture_inputs(samples)}
 
-    def _parts(self, sample: Sample) -> list[str]:
+    def _other(self, text: str, source: random.Random) -> str:
+        """A text that is not this one, of any sample."""
+        samples = JoinedRecords(self._all)
+        while True:
+            other = self._last_part(samples, source.randrange(len(samples)))
+            if other not in (None, text):
+                return str(other)
+
+    def _last_part(self, samples: Sequence[Record], number: int) -> str | None:
+        """The second text of a sample; None for one that cannot be read, which is reported when its turn comes."""
+        try:
+            return self._parts(samples[number])[-1]
+        except ValueError:
+            return None
+
+    def _parts(self, sample: Record) -> list[str]:
         if self.pictures == "none" and self.pairs:
             return [str(part) for part in sample.get("parts", list)]
         return [sample.get("text", str)]
@@ -308,7 +318,7 @@ class MaskedTextTask(FileTask):
                 masked[place] = tokenizer.mask_id if draw < 0.8 else source.randrange(tokenizer.vocab_size)
         return masked, labels
 
-    def _picture_inputs(self, samples: list[Sample]) -> Batch:
+    def _picture_inputs(self, samples: list[Record]) -> Batch:
         if self.pictures == "images":
             inputs: Batch = self.processor.picture_inputs([sample.picture() for sample in samples])
             return inputs
@@ -323,7 +333,7 @@ class MaskedTextTask(FileTask):
                 features = patches.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
             if features.dim() != 2 or len(features) != length:
                 raise ValueError(
-                    f"{sample.where}: features are {list(features.shape)}, but the processor has room for {length} "
+                    f"{sample.place}: features are {list(features.shape)}, but the processor has room for {length} "
                     f"regions of a picture; set its num_image_tokens."
                 )
             found.append(features)
@@ -337,16 +347,17 @@ class PairTask(FileTask):
         ValueError: a batch larger than the file, in which a pair would stand twice.
     """
 
-    def samples(self) -> list[Sample]:
-        samples = super().samples()
-        if len(samples) < self.batch_size:
+    def samples(self) -> list[Sequence[Record]]:
+        sources = super().samples()
+        total = sum(map(len, sources))
+        if total < self.batch_size:
             raise ValueError(
-                f"{self.file} has {len(samples)} pairs, fewer than a batch of {self.batch_size}, in which each may "
+                f"{self.file} has {total} pairs, fewer than a batch of {self.batch_size}, in which each may "
                 f"stand once. Lower batch_size."
             )
-        return samples
+        return sources
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
         config, rows = self.processor.config, []
         for sample in samples:
             (text,) = _shortened([self.processor.tokenizer.encode(sample.get("text", str))], self.max_length)
@@ -362,17 +373,18 @@ class ClassTask(FileTask):
     """Learn the class, `label`, of a picture. Without a processor, pictures are stretched to the model's size.
 
     Args:
-        file, batch_size, seed: as of `FileTask`.
+        file, batch_size, seed, reading: as of `FileTask`.
         image_size: side of the square picture in pixels, where there is no processor; None for the model's.
         image_mean: per channel, of pictures in 0..1, where there is no processor.
         image_std: per channel.
     """
 
     def __init__(
-        self, file: str, batch_size: int = 8, seed: int = 0, image_size: int | None = None,
+        self, file: str | list[Source], batch_size: int = 8, seed: int = 0, image_size: int | None = None,
         image_mean: tuple[float, float, float] = CLIP_MEAN, image_std: tuple[float, float, float] = CLIP_STD,
+        reading: Reading | None = None,
     ) -> None:
-        super().__init__(file, batch_size, None, seed)
+        super().__init__(file, batch_size, None, seed, reading)
         self.image_size, self.image_mean, self.image_std = image_size, image_mean, image_std
 
     def check(self) -> None:
@@ -381,7 +393,7 @@ class ClassTask(FileTask):
             if self.image_size is None:
                 raise ValueError(f"{type(self.model).__name__} has no image_size of its own: set ClassTask.image_size.")
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
         pictures = [sample.picture() for sample in samples]
         if self.processor is not None:
             inputs = self.processor.picture_inputs(pictures)
@@ -396,30 +408,31 @@ class InfillingTask(FileTask):
     """Learn `text` whose spans were moved behind it (CM3, arXiv:2201.07520); see `CausalMaskTransform`.
 
     Args:
-        file, batch_size, max_length, seed: as of `FileTask`.
+        file, batch_size, max_length, seed, reading: as of `FileTask`.
         sentinels: the tokens that stand for moved spans, in order; at most so many spans are moved.
         end: the token that ends each moved span; None for none.
         rate: mean of the Poisson draw of the number of spans.
     """
 
     def __init__(
-        self, file: str, batch_size: int = 8, max_length: int | None = None, seed: int = 0,
+        self, file: str | list[Source], batch_size: int = 8, max_length: int | None = None, seed: int = 0,
         sentinels: Sequence[str] = ("<mask:0>",), end: str | None = None, rate: float = 1.0,
+        reading: Reading | None = None,
     ) -> None:
-        super().__init__(file, batch_size, max_length, seed)
+        super().__init__(file, batch_size, max_length, seed, reading)
         self.sentinels, self.end, self.rate = tuple(sentinels), end, rate
 
-    def batch(self, samples: list[Sample], source: random.Random) -> Batch:
+    def batch(self, samples: list[Record], draws: list[random.Random]) -> Batch:
         marks = [self._token(text) for text in self.sentinels]
         end = None if self.end is None else self._token(self.end)
         transform = CausalMaskTransform(tuple(marks), end, self.rate, max_spans=len(marks))
-        draws, config, rows = np.random.default_rng(source.getrandbits(64)), self.processor.config, []
-        for sample in samples:
+        config, rows = self.processor.config, []
+        for sample, source in zip(samples, draws, strict=True):
             (ids,) = _shortened([self.processor.tokenizer.encode(sample.get("text", str))], self.max_length)
             try:
-                moved = transform(ids, draws)
+                moved = transform(ids, np.random.default_rng(source.getrandbits(64)))
             except ValueError as error:
-                raise ValueError(f"{sample.where}: {error}") from error
+                raise ValueError(f"{sample.place}: {error}") from error
             rows.append([*([] if config.bos_id is None else [config.bos_id]), *moved, config.eos_id])
         return {
             "input_ids": _padded(rows, config.pad_id),
@@ -434,32 +447,64 @@ class InfillingTask(FileTask):
         return ids[0]
 
 
-def _training_batch(task: FileTask, samples: list[Sample], rows: list[dict[str, Any]]) -> Batch:
+def _weights(sources: Sequence[Source]) -> list[float] | None:
+    if not sources:
+        raise ValueError("There is no file to learn from: name one.")
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and len(weights) < len(sources):
+        without = next(source.file for source in sources if source.weight is None)
+        raise ValueError(f"Some sources have a weight and {without} has none: give one to all of them, or to none.")
+    return weights or None
+
+
+def _training_batch(task: FileTask, samples: list[Record], rows: list[TrainingSample]) -> Batch:
     try:
         batch: Batch = task.processor.training_batch(rows, task.max_length)
     except ValueError as error:
         found = re.match(r"sample (\d+): ", str(error))
         if found is None:
             raise
-        raise ValueError(f"{samples[int(found[1])].where}: {str(error)[found.end() :]}") from error
+        kind = UnusableSampleError if isinstance(error, UnusableSampleError) else ValueError
+        raise kind(f"{samples[int(found[1])].place}: {str(error)[found.end() :]}") from error
     return batch
 
 
-def _neighbours(samples: list[Sample]) -> list[Sample]:
-    """Pairs of sentences that follow one another, as `parts`."""
-    pairs = []
-    for sample in samples:
-        if "messages" in sample.content:
-            said = [str(message["content"]) for message in sample.get("messages", list)]
-            pairs += [Sample(sample.where, {"parts": list(pair)}, 0) for pair in pairwise(said)]
-    for first, second in pairwise(samples):
-        if first.document == second.document and "messages" not in first.content:
-            parts = [first.get("text", str), second.get("text", str)]
-            pairs.append(Sample(first.where, {"parts": parts}, 0))
-    if not pairs:
-        where = samples[0].where
-        raise ValueError(f"{where} and all others have no second sentence: give `messages`, or set pairs: false.")
-    return pairs
+class _Neighbours(Records):
+    """Pairs of sentences that follow one another, as `parts`: two messages, or two lines of one document."""
+
+    def __init__(self, samples: Sequence[Record]) -> None:
+        self.samples = samples
+        self._places = array("q")  # of each pair: the number of its first sample, and of the message in it or -1
+        before: int | None = None  # the document of the line before, where that is a text
+        for number in range(len(samples)):
+            try:
+                sample = samples[number]
+            except ValueError:
+                self._places.extend((number, 0))  # reported when its turn comes
+                before = None
+                continue
+            if before == sample.document:
+                self._places.extend((number - 1, -1))
+            talk = "messages" in sample.content
+            for message in range(len(sample.get("messages", list)) - 1 if talk else 0):
+                self._places.extend((number, message))
+            before = None if talk else sample.document
+        if not len(self):
+            raise ValueError(
+                f"{samples[0].place} and all others have no second sentence: give `messages`, or set pairs: false."
+            )
+
+    def __len__(self) -> int:
+        return len(self._places) // 2
+
+    def read(self, index: int) -> Record:
+        number, message = self._places[2 * index : 2 * index + 2]
+        first = self.samples[number]
+        if message >= 0:
+            parts = [str(said["content"]) for said in first.get("messages", list)[message : message + 2]]
+        else:
+            parts = [first.get("text", str), self.samples[number + 1].get("text", str)]
+        return replace(first, content={"parts": parts})
 
 
 def _shortened(texts: list[list[int]], max_length: int | None) -> list[list[int]]:
@@ -477,5 +522,7 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
 
 def _on_device(batch: Batch, model: Any) -> Batch:
     device = getattr(model, "device", None)
-    return batch if device is None else {name: value.to(device) for name, value in batch.items()}
+    if device is None:
+        return batch
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import experts, gpu, language, loading, serving  # noqa: F401
+from . import experts, gpu, language, loading, serving, training  # noqa: F401
 from .harness import CASES, Options, run_case
 from .report import NOTES, machine, markdown
 
