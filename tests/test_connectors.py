@@ -439,8 +439,8 @@ def test_a_configuration_file_can_nest_a_projector_in_a_resampler() -> None:
     assert made.input_projector == ProjectorConfig(depth=2, gated=True, bias=False)
 
 
-# counts: LLaVA-1.5's checkpoint; MobileVLM V2's 6.32 M and V1's 18.94 M; the 0.08 B of Qwen-VL's adapter have no
-# ln_post and proj, which are part of its ViT; others by their formulas
+# counts: LLaVA-1.5's checkpoint; MobileVLM V2's 6.32 M and V1's 18.94 M as we remember the papers; the 0.08 B of
+# Qwen-VL's adapter have no ln_post and proj, which are part of its ViT; others by their formulas
 @pytest.mark.parametrize(("config", "sizes", "count"), [
     (ProjectorConfig(depth=2), (1024, 4096), 20_979_712),
     (LDPv2Config(), (1024, 2048), 6_316_032),
