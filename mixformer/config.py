@@ -322,10 +322,10 @@ class Settings:
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def load_processor(self) -> Any:
-        """The processor of `processor`, or else of `weights`; None if neither is set."""
+        """The processor of `processor`, or else of a language model's `weights`; None if neither is set."""
         from mixformer.data.processor import load_processor
 
-        folder = self.processor or self.weights
+        folder = self.processor or (self.weights if self.model.vocab_size else None)
         return None if folder is None else load_processor(folder, tokenizer=self.tokenizer)
 
     def build_model(self, device: str | None = None) -> Any:

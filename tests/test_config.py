@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mixformer import BaseMixin, save_pretrained
+from mixformer.cli import main
 from mixformer.config import ChatConfig, make, read_settings
-from mixformer.connectors import ProjectorConfig
+from mixformer.connectors import PrefixMapperConfig, ProjectorConfig
 from mixformer.mixins import CrossAttentionMixin, LoRAMixin
 from mixformer.train import Task
 from models.clipcap import ClipCap, PrefixConfig
@@ -282,6 +283,25 @@ class TestWeights:
             settings("ProjectorConfig, init_args: {tokens_per_feature: 4}", "weights: weights, ").load_model()
         with pytest.raises(ValueError, match=r"model.adapter is LDPConfig.*, but the checkpoint .* has Projector"):
             settings("LDPConfig", "weights: weights, ").load_model()
+
+    def test_a_part_that_names_its_class_has_the_defaults_of_that_class(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "{model: {adapter: {class_path: mixformer.connectors.PrefixMapperConfig}}}")
+        assert read_settings(PrefixGPT2, file).model.adapter == PrefixMapperConfig()
+
+    def test_options_of_a_run_do_not_make_training_start_anew(
+        self, saved: tuple[Path, LLaMA], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr("mixformer.train.run", lambda model, *rest: seen.append(model) or {})
+        monkeypatch.setattr("mixformer.config.Settings.load_processor", lambda self: None)
+        folder, model = saved
+        sizes = "vocab_size: 20, hidden_size: 16, num_layers: 2, num_heads: 2, inner_hidden_size: 24"
+        for options in ("checkpoint_activations: true", sizes):
+            file = write(folder, f"{{weights: weights, model: {{{options}}}, seed: 8, train: {{stages: []}}}}")
+            main("models.llama:LLaMA", ["--config", str(file), "--job", "train"])
+        words = [each.transformer.word_embeddings.weight for each in seen]
+        assert seen[0].config.checkpoint_activations
+        assert torch.equal(words[0], model.transformer.word_embeddings.weight) and not torch.equal(words[0], words[1])
 
     def test_options_of_a_run_are_put_into_the_loaded_model(self, saved: tuple[Path, LLaMA]) -> None:
         file = write(saved[0], "{weights: weights, model: {checkpoint_activations: true}}")

@@ -386,3 +386,10 @@ def test_parametrized_weights_are_used(make: Make, part: str, name: str) -> None
         assert torch.equal(model(ids), doubled(ids))
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         assert torch.equal(model(ids), doubled(ids))
+
+
+@pytest.mark.parametrize(("ids", "position"), [([1, 40], [0, 1]), ([1, 2], [0, 9])])
+def test_ids_and_positions_that_no_table_has_a_row_for_are_named(ids: list[int], position: list[int]) -> None:
+    model = TransformerConfig(vocab_size=31, hidden_size=16, num_heads=2, positions="learned", max_positions=8).build()
+    with pytest.raises(ValueError, match=r"Ids from \d to (40 .* 31|9 .* 8) rows"):
+        model(torch.tensor([ids]), position_ids=torch.tensor([position]))

@@ -684,3 +684,34 @@ def test_settings_that_do_not_go_together_are_named(tmp_path: Path, settings: di
     (tmp_path / "processor.yaml").write_text(yaml.safe_dump({"image_size": 28, **settings}))
     with pytest.raises(ValueError, match=rf"processor\.yaml.*{reason}"):
         load_processor(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_normalize": False}, "do_normalize: False"),
+        ({"do_rescale": False}, "do_rescale: False"),
+        ({"do_resize": False}, "do_resize: False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}}, "the tower reads 32"),
+    ],
+)
+def test_picture_settings_that_cannot_be_followed_are_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_config(tmp_path, model_type="clip", vision_config={"image_size": 32, "patch_size": 16})
+    content = {"size": {"shortest_edge": 32}, "crop_size": 32, "do_center_crop": True, "image_mean": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content | settings))
+    with pytest.raises(ValueError, match=rf"{message}.*processor\.yaml"):
+        load_processor(tmp_path, TOKENIZER)
+
+
+def test_sizes_that_are_plain_numbers_are_read_as_their_processor_reads_them(tmp_path: Path) -> None:
+    images = image_processor("CLIP", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": 32, "crop_size": 32}))
+    save_config(tmp_path, model_type="clip", vision_config={"image_size": 32, "patch_size": 16})
+    expected = images([WIDE], return_tensors="pt")["pixel_values"]
+    found = load_processor(tmp_path, TOKENIZER)("a cat", WIDE)["images"]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

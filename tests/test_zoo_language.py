@@ -31,6 +31,7 @@ from models.weights.rules import respelled, spelling
 from tests.zoo.bert import rows_alone, their_inputs, tiny_bert
 from tests.zoo.bert import sample as two_segments
 from tests.zoo.gpt2 import features, tiny_gpt2
+from tests.zoo.harness import TOLERANCE, difference
 from tests.zoo.llama import VARIANTS, padded, reference_of
 from tests.zoo.llama import sample as ids_of
 
@@ -573,3 +574,23 @@ def test_compiled_equals_eager_with_features_windows_and_scaling() -> None:
     ):
         report = check_mixin(make_mixin, tiny_llama, compile=True, **options)  # type: ignore[arg-type]
         assert isinstance(report["compiled equals eager"], float)
+
+
+def test_the_scaling_that_transformers_reads_first_counts(folder: Path) -> None:
+    reference = reference_of("LLaMA")
+    reference.save_pretrained(folder)
+    edit_config(folder, rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    from transformers import LlamaForCausalLM
+
+    theirs, ids = LlamaForCausalLM.from_pretrained(folder).eval(), torch.arange(12)[None]
+    ours = from_pretrained(folder)
+    with torch.no_grad():
+        assert difference(ours(ids), theirs(ids).logits) < TOLERANCE
+        assert difference(ours(ids), reference(ids).logits) > 100 * TOLERANCE
+
+
+def test_a_model_type_goes_before_the_architecture(folder: Path) -> None:
+    reference_of("LLaMA").save_pretrained(folder)
+    edit_config(folder, model_type="gemma")
+    with pytest.raises(ValueError, match="gemma"):
+        from_pretrained(folder)

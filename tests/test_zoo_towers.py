@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mixformer import BaseMixin, TransformerConfig, from_pretrained, save_pretrained, wrap
-from mixformer.config import VisionTowerConfig
+from mixformer.config import VisionTowerConfig, read_settings
 from mixformer.mixins import (
     AttentionPoolHeadMixin,
     ContrastiveHeadMixin,
@@ -459,3 +459,9 @@ def test_a_tower_in_low_precision_reads_pictures_in_full(key: str) -> None:
     with torch.no_grad():
         found, expected = model(images=images), model(images=images.to(torch.bfloat16))
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def test_a_towers_folder_needs_no_processor(tmp_path: Path) -> None:
+    save_pretrained(next(system for system in systems() if system.key == "vit").build_tiny(), tmp_path / "weights")
+    settings = read_settings(ViT, None, [f"--weights={tmp_path / 'weights'}"], ())
+    assert settings.load_processor() is None and isinstance(settings.load_model(), ViT)

@@ -40,22 +40,29 @@ class ImageRelativeBiasMixin(BaseMixin):
         shape = ((2 * self.side - 1) ** 2, layer.config.num_heads)
         return nn.ParameterDict({"table": nn.Parameter(normal(*shape, std=layer.config.init_std))})
 
+    def before_forward(self, ctx: Context) -> None:
+        places = places_of(self.image, self.side**2, ctx)
+        if places is not None:
+            assert ctx.input_ids is not None
+            spans, num_tokens = places.view(-1, self.side**2), ctx.input_ids.shape[1]
+            ctx.shared[f"{self.name}.rows"] = (spans // num_tokens)[:, :, None]
+            ctx.shared[f"{self.name}.slots"] = spans % num_tokens
+
     @wrap
     def attention_fn(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: LoweredMask, layer: Layer, ctx: Context,
         old_impl: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        places = places_of(self.image, self.side**2, ctx)
-        if places is None:
+        rows = ctx.shared.get(f"{self.name}.rows")
+        if rows is None:
             return old_impl(q, k, v, mask)
-        spans, num_tokens = places.view(-1, self.side**2), q.shape[2]
-        cache, queries = ctx.cache, spans % num_tokens
+        cache, slots, num_tokens = ctx.cache, ctx.shared[f"{self.name}.slots"], q.shape[2]
         num_keys, earlier = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
         first = k.shape[2] - num_keys + earlier  # others may have put keys before those of the row
-        pairs = (spans // num_tokens)[:, :, None], queries[:, :, None], (queries + first)[:, None, :]
+        pairs = rows, slots[:, :, None], (slots + first)[:, None, :]
         table = layer.mixins[self.name]["table"][self.offsets].to(q.dtype)
         bias = q.new_zeros(q.shape[0], q.shape[2], k.shape[2], q.shape[1])
-        bias = bias.index_put(pairs, table.expand(len(spans), -1, -1, -1)).permute(0, 3, 1, 2)
+        bias = bias.index_put(pairs, table.expand(len(slots), -1, -1, -1)).permute(0, 3, 1, 2)
         below = mask.prepend(0, q, k).tensor
         if below is not None:
             bias = bias.masked_fill(~below, float("-inf")) if below.dtype == torch.bool else bias + below
