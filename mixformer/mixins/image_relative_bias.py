@@ -45,18 +45,18 @@ class ImageRelativeBiasMixin(BaseMixin):
         if places is not None:
             assert ctx.input_ids is not None
             spans, num_tokens = places.view(-1, self.side**2), ctx.input_ids.shape[1]
-            ctx.shared[f"{self.name}.rows"] = (spans // num_tokens)[:, :, None]
-            ctx.shared[f"{self.name}.slots"] = spans % num_tokens
+            ctx.shared[f"{self.name}.of_row"] = (spans // num_tokens)[:, :, None]
+            ctx.shared[f"{self.name}.in_row"] = spans % num_tokens
 
     @wrap
     def attention_fn(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: LoweredMask, layer: Layer, ctx: Context,
         old_impl: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        rows = ctx.shared.get(f"{self.name}.rows")
+        rows = ctx.shared.get(f"{self.name}.of_row")
         if rows is None:
             return old_impl(q, k, v, mask)
-        cache, slots, num_tokens = ctx.cache, ctx.shared[f"{self.name}.slots"], q.shape[2]
+        cache, slots, num_tokens = ctx.cache, ctx.shared[f"{self.name}.in_row"], q.shape[2]
         num_keys, earlier = (num_tokens, 0) if cache is None else (cache.num_keys(num_tokens), cache.offset)
         first = k.shape[2] - num_keys + earlier  # others may have put keys before those of the row
         pairs = rows, slots[:, :, None], (slots + first)[:, None, :]
