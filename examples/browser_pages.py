@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from examples.screens import HELD_OUT_FONT, TRAINING_FONTS, Screen, Widget
 from examples.words import FILLER_WORDS, PAGE_SIZE, UNSEEN_WORDS, WORDS
@@ -396,7 +397,7 @@ def render_pages(seed: int, count: int, layouts: Sequence[Callable[[PageWriter],
         with_letters: note the place of each letter as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for index, start in enumerate(range(0, count, SHEET_PAGES)):
+    for index, start in enumerate(tqdm(range(0, count, SHEET_PAGES), desc="rendering pages")):
         number = min(SHEET_PAGES, count - start)
         rows = -(-number // SHEET_SIDE)
         rng = random.Random(f"{seed}/{name}/{index}")

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from examples.browser_pages import read_sheets
@@ -12,6 +11,8 @@ from examples.screens import Box, Question, Screen, read_question, where_questio
 from examples.words import PAGE_SIZE
 from mixformer import generate
 from mixformer.data.grounding import intersection_over_union, parse_boxes
+from mixformer.evaluation.answering import inputs_of
+from mixformer.evaluation.run import checkpoint_hash, memory_hash
 from mixformer.train import Evaluation
 
 PARTS = {
@@ -30,19 +31,20 @@ class ScreenEvaluation(Evaluation):
         folder: with the sheets of held-out pages.
         parts: which of `page`, `font` and `words`.
         max_pages: pages of each part; None for all.
-        batch_size: questions at a time.
+        checkpoint: folder of the weights, whose hash goes into the results; None hashes the weights in memory.
         progress: show a progress bar.
     """
 
     folder: str = "examples/cogagent-mini/heldout"
     parts: Sequence[str] = ("page", "font", "words")
     max_pages: int | None = None
-    batch_size: int = 48
+    checkpoint: str | None = None
     progress: bool = True
 
-    def __call__(self, model: Any, processor: Any) -> dict[str, dict[str, float]]:
+    def __call__(self, model: Any, processor: Any) -> dict[str, Any]:
         """Return for each part, in percent: `grounding` (IoU above 0.5), `centre` (the centre of the answer lies in
-        the widget), `reading` (exact word), the same of a `random_widget`, and how many pages and questions.
+        the widget), `reading` (exact word), the same of a `random_widget`, and how many pages and questions; also
+        `checkpoint`, as of `mixformer.evaluation.run.checkpoint_hash`.
 
         Args:
             model: a model that the processor makes batches for.
@@ -51,7 +53,8 @@ class ScreenEvaluation(Evaluation):
         Raises:
             ValueError: the folder holds no pages.
         """
-        return {part: self.judge_part(model, processor, part) for part in self.parts}
+        scores = {part: self.judge_part(model, processor, part) for part in self.parts}
+        return {**scores, "checkpoint": checkpoint_hash(self.checkpoint) if self.checkpoint else memory_hash(model)}
 
     def judge_part(self, model: Any, processor: Any, part: str) -> dict[str, float]:
         """Scores of one part; see `__call__`."""
@@ -59,7 +62,7 @@ class ScreenEvaluation(Evaluation):
         if not screens:
             raise ValueError(f"{self.folder} holds no sheets '{part}-*.png'. Make them with examples.browser_pages.")
         asked = [(screen, question) for screen in screens for question in all_questions(screen)]
-        answers = self._answers(model, processor, asked, part)
+        answers = self._answers(model, processor, screens, part)
         scores: dict[str, list[float]] = {"grounding": [], "centre": [], "reading": [], "random_widget": []}
         for (screen, question), answer in zip(asked, answers, strict=True):
             if question.kind == "read":
@@ -73,22 +76,15 @@ class ScreenEvaluation(Evaluation):
         means = {name: round(100 * sum(values) / len(values), 1) for name, values in scores.items()}
         return {**means, "pages": len(screens), "questions": len(asked)}
 
-    def _answers(
-        self, model: Any, processor: Any, asked: Sequence[tuple[Screen, Question]], part: str
-    ) -> Iterator[str]:
+    def _answers(self, model: Any, processor: Any, screens: Sequence[Screen], part: str) -> Iterator[str]:
+        """Answers to all questions of all screens, those about one screen at a time: its picture is run once."""
         model.eval()
-        starts = range(0, len(asked), self.batch_size)
-        for start in tqdm(starts, desc=part, disable=not self.progress):
-            some = asked[start : start + self.batch_size]
-            batch = processor([question.text for _, question in some], [screen.picture for screen, _ in some])
-            batch = {name: value for name, value in batch.items() if name in self._inputs(model)}
-            with torch.no_grad():
-                tokens = generate(model, batch, max_new_tokens=12, stop_tokens=processor.config.stop_ids)
-            yield from (processor.decode(row) for row in tokens)
-
-    @staticmethod
-    def _inputs(model: Any) -> set[str]:
-        return {"input_ids", "attention_mask", *model.declared}
+        for screen in tqdm(screens, desc=part, disable=not self.progress):
+            texts = [question.text for question in all_questions(screen)]
+            batch = inputs_of(model, processor(texts, [screen.picture] * len(texts)))
+            stop_tokens = processor.config.stop_ids
+            for row in generate(model, batch, max_new_tokens=12, stop_tokens=stop_tokens, share_prefix=True):
+                yield processor.decode(row)
 
 
 def all_questions(screen: Screen) -> list[Question]:
