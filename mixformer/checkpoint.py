@@ -12,30 +12,27 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-import torch.nn as nn
 import yaml
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from mixformer.composition import Classes, class_path, decode, describe, encode, make_config, nested_in, recompose
 from mixformer.config import TransformerConfig
+from mixformer.filling import fill, find_dtype, is_meta, own_tensors, saving, slots_of, tie, tied_names, without_memory
 from mixformer.hooks import did_you_mean
-from mixformer.mixin import BaseMixin
 from mixformer.model import BaseModel
 from mixformer.shards import (
     INDEX,
     SafetensorsFolder,
     TensorSource,
     check_safetensors,
-    in_reading_order,
     read_json,
     sha256,
     write_shards,
@@ -44,13 +41,12 @@ from mixformer.shards import (
 )
 
 if TYPE_CHECKING:
-    from models.weights import Format, Rule, Source
+    from models.weights import Format, Source
 
 CONFIG = "config.yaml"
 SOURCE = "source.safetensors"
 MARK = "mixformer"
 VERSION = 1
-PROGRESS_FROM = 10**9
 
 
 def recognise(folder: str | os.PathLike[str]) -> str:
@@ -98,7 +94,7 @@ def from_pretrained(
         ValueError: the folder is no checkpoint, is damaged, asks for untrusted classes, or does not fit its model.
     """
     folder = Path(path)
-    dtype = _dtype(dtype)
+    dtype = find_dtype(dtype)
     if recognise(folder) == "own":
         model = _read_own(folder, dtype, device, overrides, Classes(mixins, trust), verify)
     else:
@@ -159,16 +155,16 @@ def _read_own(
     def build(place: torch.device | str) -> BaseModel:
         model: BaseModel = model_class(config, device=place)
         recompose(model, content["mixins"], classes)
-        _tie(model, content.get("tied") or {})
+        tie(model, content.get("tied") or {})
         return model
 
     from models.weights import Rule
 
-    source = SafetensorsFolder(folder, verify and not _is_meta(device))
+    source = SafetensorsFolder(folder, verify and not is_meta(device))
     try:
-        model = _without_memory(build, device)
-        rules = [Rule(name, (name,)) for name in _slots(model)]
-        _fill(model, source, rules, lambda name: False, dtype, device)
+        model = without_memory(build, device)
+        rules = [Rule(name, (name,)) for name in slots_of(model)]
+        fill(model, source, rules, lambda name: False, dtype, device)
     finally:
         source.close()
     _keep_source(folder, model, content.get("source"))
@@ -226,7 +222,7 @@ def _prepare_own(model: BaseModel, max_shard_size: int | str) -> Callable[[Path]
         "config": encode(model.config, "config"),
         "mixins": describe(model),
     }
-    tied = {name: first for name, first in _tied(model).items() if name != first}
+    tied = {name: first for name, first in tied_names(model).items() if name != first}
     if tied:
         content["tied"] = tied
     if source is not None:
@@ -234,8 +230,8 @@ def _prepare_own(model: BaseModel, max_shard_size: int | str) -> Callable[[Path]
         del content["source"]["tensors"]
 
     def write(folder: Path) -> None:
-        with _saving(model):
-            write_shards(folder, _own_tensors(model), max_shard_size, always_index=True)
+        with saving(model):
+            write_shards(folder, own_tensors(model), max_shard_size, always_index=True)
         if source is not None and source.tensors:
             write_tensors(folder / SOURCE, source.tensors)
             content["source"]["sha256"] = sha256(folder / SOURCE)
@@ -311,11 +307,11 @@ def _read_foreign(
         weights = _Renamed(stored, found.renamed)
         where = folder / ("model_config.json" if is_sat else "config.json")
         config = _foreign_config(found, content, weights.shapes, overrides, str(where))
-        model = _without_memory(lambda place: found.model(config, device=place), device)
+        model = without_memory(lambda place: found.model(config, device=place), device)
         rules = found.rules(config)
-        absent, unused = _fill(model, weights, rules, found.is_ignored, dtype, device)
+        absent, unused = fill(model, weights, rules, found.is_ignored, dtype, device)
         if not is_sat:
-            tensors = {} if _is_meta(device) else {name: weights.read(name).clone() for name in unused}
+            tensors = {} if is_meta(device) else {name: weights.read(name).clone() for name in unused}
             kept_dtype = "" if dtype is not None else str(model.dtype).removeprefix("torch.")
             spelled = spelling(weights.names)
             set_source(model, Source(found.name, content, dict(overrides or {}), tensors, absent, kept_dtype, spelled))
@@ -427,7 +423,7 @@ def _prepare_hf(model: BaseModel, max_shard_size: int | str) -> Callable[[Path],
     tensors, content = _as_first_fitting(model, fitting, source)
 
     def write(folder: Path) -> None:
-        with _saving(model):
+        with saving(model):
             write_shards(folder, tensors, max_shard_size)
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -454,8 +450,8 @@ def _as_foreign(
     from models.weights.rules import respelled
 
     source = source if source is not None and source.format == found.name else None
-    with _saving(model):
-        own = _own_tensors(model)
+    with saving(model):
+        own = own_tensors(model)
         tensors: dict[str, torch.Tensor] = {}
         for rule in found.rules(model.config):
             tensor = own.pop(rule.own, None)
@@ -554,196 +550,6 @@ def _resolved(config: Any, prefix: str = "", inner_size: int = 0) -> dict[str, A
         else:
             found[prefix + field.name] = meaning.get(field.name) if value is None else value
     return found
-
-
-# -------------------------------------------------------------------- weights into models
-
-
-def _is_meta(device: torch.device | str) -> bool:
-    return torch.device(device).type == "meta"
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is not known. Take one such as torch.bfloat16 or 'float32', or None.")
-    return found
-
-
-def _without_memory(build: Callable[[torch.device | str], BaseModel], device: torch.device | str) -> BaseModel:
-    model = build("meta")
-    for module in model.modules():
-        buffers = [name for name in module._buffers if name in module._non_persistent_buffers_set]
-        plain = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
-        if buffers or plain:  # no file fills these, so the constructors must
-            return build(device)
-    return model
-
-
-Slot = tuple[nn.Module, str, torch.Tensor]
-
-
-def _slots(model: BaseModel) -> dict[str, list[Slot]]:
-    """{name in the state dict: every place that holds that tensor}; tied ones are listed under their first name."""
-    names: dict[int, str] = {}
-    found: dict[str, list[Slot]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        held = {**module._parameters, **module._buffers}
-        for attribute, tensor in held.items():
-            if tensor is None or attribute in module._non_persistent_buffers_set:
-                continue
-            name = names.setdefault(id(tensor), prefix + attribute)
-            found.setdefault(name, []).append((module, attribute, tensor))
-    return found
-
-
-def _tied(model: BaseModel) -> dict[str, str]:
-    """{name of a parameter: first name of the same parameter}."""
-    first: dict[int, str] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in names}
-
-
-def _tie(model: BaseModel, tied: Mapping[str, str]) -> None:
-    for name, first in tied.items():
-        module, _, attribute = name.rpartition(".")
-        try:
-            model.get_submodule(module)._parameters[attribute] = model.get_parameter(first)
-        except AttributeError as error:
-            raise ValueError(f"The checkpoint ties '{name}' to '{first}', but the model has no such pair.") from error
-
-
-def _fill(
-    model: BaseModel, source: TensorSource, rules: Iterable[Rule], ignored: Callable[[str], bool],
-    dtype: torch.dtype | None, device: torch.device | str,
-) -> tuple[list[str], list[str]]:
-    slots = _slots(model)
-    table = {rule.own: rule for rule in rules}
-    used, unused = _check_fit(model, source, table, slots, ignored)
-    if torch.device(device).type == "meta":
-        return [], []
-    absent = [name for rule in table.values() if rule.copies for name in rule.foreign if name not in source.shapes]
-    if _is_meta(device):
-        return absent, unused
-    starts = {rule.present(source.shapes)[0]: rule for rule in used.values()}
-    bar = tqdm(
-        total=source.num_bytes, unit="B", unit_scale=True, desc="Reading weights",
-        disable=source.num_bytes < PROGRESS_FROM,
-    )
-    with bar, torch.no_grad():
-        for start in in_reading_order(source, list(starts)):
-            rule = starts[start]
-            tensors = [source.read(name) for name in rule.present(source.shapes)]
-            try:
-                tensor = rule.to_own(tensors)
-            except ValueError as error:
-                raise ValueError(f"{source.where}: {error}") from error
-            bar.update(sum(each.nbytes for each in tensors))
-            wanted = dtype if tensor.is_floating_point() else None
-            _place(slots[rule.own], tensor, wanted, device, source.gives_own)
-        for name, rule in table.items():
-            if name not in used and name in slots:
-                assert rule.default is not None
-                _place(slots[name], rule.default(model), dtype or model.dtype, device)
-    for inner in model.modules():
-        if isinstance(inner, BaseModel):
-            inner._device = torch.device(device)
-    left = [name for name, held in _slots(model).items() if held[0][2].is_meta]
-    assert not left, left
-    return absent, unused
-
-
-def _place(
-    slots: list[Slot], tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str, own: bool = False
-) -> None:
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    # Unless the tensor is all of a memory of its own, a copy even where nothing is converted.
-    tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=not (own and whole))
-    placed: torch.Tensor | None = None
-    for module, attribute, old in slots:
-        if attribute in module._parameters:
-            if placed is None:
-                placed = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
-            module._parameters[attribute] = placed  # type: ignore[assignment]
-        else:
-            module._buffers[attribute] = tensor
-
-
-def _check_fit(
-    model: BaseModel, source: TensorSource, table: Mapping[str, Rule], slots: Mapping[str, Any],
-    ignored: Callable[[str], bool],
-) -> tuple[dict[str, Rule], list[str]]:
-    missing: dict[str, str] = {name: "" for name in slots if name not in table}
-    wrong: dict[str, str] = {}
-    taken: set[str] = set()
-    used: dict[str, Rule] = {}
-    spare: list[str] = []
-    for own, rule in table.items():
-        present, absent = rule.present(source.shapes), rule.absent(source.shapes)
-        taken.update(present)
-        if own not in slots:
-            spare += present
-        elif absent:
-            missing[own] = "" if absent == [own] else f" (a file calls it {', '.join(absent)})"
-        elif present:
-            shapes = [source.shapes[name] for name in present]
-            shape, expected = rule.shape(shapes), tuple(slots[own][0][2].shape)
-            if shape == expected:
-                used[own] = rule
-            else:
-                files = ", ".join(f"{name} {list(s)}" for name, s in zip(present, shapes, strict=True))
-                turned = ", which has rows and columns the other way round" if rule.transposed else ""
-                wrong[own] = f": the model has {list(expected)}, the file {files}{turned}"
-    others = [name for name in source.shapes if name not in taken]
-    unexpected = {name: "" for name in others if not ignored(name)}
-    if missing or unexpected or wrong:
-        raise ValueError(_misfit(model, source.where, missing, unexpected, wrong))
-    return used, spare + [name for name in others if ignored(name)]
-
-
-def _misfit(
-    model: BaseModel, where: str, missing: dict[str, str], unexpected: dict[str, str], wrong: dict[str, str]
-) -> str:
-    lines = [f"{where} does not fit {type(model).__name__}:"]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
-        groups: dict[str, list[str]] = {}
-        for name, note in names.items():
-            groups.setdefault(_owner(model, name), []).append(name + note)
-        for owner, members in groups.items():
-            more = f" and {len(members) - 3} more" if len(members) > 3 else ""
-            lines.append(f"  {len(members)} {what}, {owner}: {'; '.join(members[:3])}{more}")
-    if missing and unexpected:
-        lines.append("The weights are of another composition. Check which mixins they were saved with.")
-    elif missing:
-        lines.append("A shard may be missing, or the weights are of another variant. Fetch the folder again.")
-    elif unexpected:
-        lines.append("The weights have more than this model. Check the config file beside them.")
-    else:
-        lines.append("Check the sizes in the config file, and `overrides` for constants that it lacks.")
-    return "\n".join(lines)
-
-
-def _owner(model: BaseModel, name: str) -> str:
-    match = re.match(r"(?:transformer\.layers\.\d+\.)?mixins\.([^.]+)\.", name)
-    if match is None:
-        return "backbone" if name.startswith("transformer.") else "unknown name"
-    mixin = model.mixins[match[1]] if match[1] in model.mixins else None
-    return f"mixin '{match[1]}'" + (f" ({type(mixin).__name__})" if mixin is not None else "")
-
-
-def _own_tensors(model: BaseModel) -> dict[str, torch.Tensor]:
-    return {name: held[0][2].detach() for name, held in _slots(model).items()}
-
-
-@contextmanager
-def _saving(model: BaseModel) -> Iterator[None]:
-    with ExitStack() as stack:
-        for owner in [module for module in model.modules() if isinstance(module, BaseModel)]:
-            for mixin in owner.mixins.values():
-                assert isinstance(mixin, BaseMixin)
-                stack.enter_context(mixin.saving(owner))
-        yield
 
 
 # -------------------------------------------------------------------- folders

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mixformer.mixins import DropoutMixin
 from mixformer.objectives import (
     ClassificationObjective,
     ContrastiveObjective,
@@ -115,6 +116,22 @@ def test_gradients_are_clipped_to_the_norm_over_all_parameters(tmp_path: Path) -
     assert lines(tmp_path / "log.jsonl")[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def test_dropout_is_part_of_the_model_while_it_is_trained(tmp_path: Path) -> None:
+    model, batch, rates = small_model(), make_batch(1), []
+
+    class Watching(Given):
+        def loss(self, model: Any, batch: Any) -> Any:
+            rates.append([mixin.rate for mixin in model.mixins.values() if isinstance(mixin, DropoutMixin)])
+            return super().loss(model, batch)
+
+    before = list(model.mixins)
+    train(model, Watching(batch), quiet(steps=1, dropout=0.25))
+    assert rates == [[0.25]] and list(model.mixins) == before
+    dropped = gradients_of_one_step(small_model(), batch, clip=1e9, dropout=0.25)
+    whole = gradients_of_one_step(small_model(), batch, clip=1e9)
+    assert not any(torch.allclose(dropped[name], whole[name], rtol=0.01) for name in whole)
+
+
 def test_a_batch_without_labels_weighs_nothing_and_a_step_without_any_is_an_error() -> None:
     empty = make_batch(3, supervised=0.0)
     alone = gradients_of_one_step(small_model(), make_batch(1))
@@ -156,6 +173,15 @@ def test_rates_warm_up_and_fall_to_the_final_one(schedule: str, expected: list[f
     assert [learning_rate_factor(step, config) for step in (0, 1, 2, 7, 12)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_runs_that_share_a_schedule_have_the_rates_of_one(schedule: str) -> None:
+    shared: dict[str, Any] = {"warmup_steps": 3, "final_rate": 0.1, "schedule": schedule}
+    whole, first = quiet(steps=12, **shared), quiet(steps=5, schedule_steps=12, **shared)
+    second = quiet(steps=7, schedule_start=5, **shared)
+    parts = [learning_rate_factor(step, config) for config in (first, second) for step in range(config.steps)]
+    assert parts == [learning_rate_factor(step, whole) for step in range(12)]
+
+
 def test_a_linear_rate_is_higher_than_a_cosine_one_late_and_lower_early() -> None:
     linear, cosine = (quiet(steps=100, warmup_steps=1, schedule=name) for name in ("linear", "cosine"))
     assert learning_rate_factor(20, linear) < learning_rate_factor(20, cosine)
@@ -168,6 +194,8 @@ def test_a_linear_rate_is_higher_than_a_cosine_one_late_and_lower_early() -> Non
         ({"schedule": "step"}, "schedule is 'step'; choose cosine, linear or constant"),
         ({"ema": 1.0}, r"ema is 1\.0; it must lie between"), ({"ema_for": "all"}, "choose validation, saved or both"),
         ({"trackers": ["csv"]}, "choose of tensorboard, wandb"), ({"keep_last": 0}, "keep_last is 0"),
+        ({"dropout": 1.0}, "dropout is 1"), ({"steps": 5, "schedule_steps": 4}, "lie within"),
+        ({"schedule_start": -1}, "schedule_start is -1"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn as nn
 from mixformer import BaseMixin, BaseModel, Linear, TransformerConfig, replace, wrap
 from mixformer.mixins import (
     CrossAttentionMixin,
+    DropoutMixin,
     GatedMLPMixin,
     ImageMixin,
     LMHeadMixin,
@@ -53,6 +54,7 @@ ON_LANGUAGE: list[tuple[str, Callable[[], BaseMixin], list[str], str | None]] = 
     ("qv_bias", QVBiasMixin, LANGUAGE, None),
     ("sub_norm", SubNormMixin, LANGUAGE, None),
     ("stored", lambda: StoredHeadMixin(5), LANGUAGE, None),
+    ("dropout", lambda: DropoutMixin(0.3), LANGUAGE, None),
     ("expert", VisionExpertAttentionMixin, VISION, "vision_expert"),
     ("expert_bias", lambda: VisionExpertAttentionMixin(True, from_language=False), VISION, "vision_expert"),
     ("expert_mlp", VisionExpertFCMixin, VISION, "vision_expert_mlp"),

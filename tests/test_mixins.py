@@ -16,6 +16,7 @@ from mixformer import BaseMixin, BaseModel, KVCache, TransformerConfig, wrap
 from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.mixins import (
     CrossAttentionMixin,
+    DropoutMixin,
     GatedMLPMixin,
     ImageMixin,
     LoRAMixin,
@@ -613,3 +614,32 @@ def test_tables_of_a_model_of_shapes_are_not_those_of_a_real_one(make: Make, tab
     width = model.config.head_width
     expected = torch.tensor([777.0 ** (-2 * i / width) for i in range(width // 2)])
     torch.testing.assert_close(model.get_mixin("rotary").frequencies(torch.device("cpu")), expected)
+
+
+# ------------------------------------------------------------------- dropout
+
+
+def added_to_the_residual_stream(model: BaseModel, **inputs: Any) -> dict[str, torch.Tensor]:
+    """What the hooks of the last layer give with dropout, after the same without."""
+    whole = watched(model, **inputs)
+    model.add_mixin("dropout", DropoutMixin(0.3))
+    torch.manual_seed(0)
+    dropped = watched(model, **inputs)
+    model.del_mixin("dropout")
+    return {"whole": whole["mlp"], "dropped": dropped["mlp"], "into": dropped["mlp_in"], "before": whole["mlp_in"]}
+
+
+def test_dropout_zeroes_its_share_and_scales_the_rest_while_training(make: Make) -> None:
+    model = make("llama", num_layers=1)
+    ids = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(0))
+    seen = added_to_the_residual_stream(model.train(), input_ids=ids)
+    kept = seen["dropped"] != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
+    assert not torch.allclose(seen["into"], seen["before"])  # what attention added was dropped in part as well
+    expected = model.transformer.layers[0].mlp(seen["into"], None) / 0.7
+    close(seen["dropped"][kept], expected[kept])
+
+
+def test_dropout_does_nothing_outside_of_training(make: Make) -> None:
+    seen = added_to_the_residual_stream(make("llama").eval(), input_ids=IDS)
+    assert torch.equal(seen["dropped"], seen["whole"]) and torch.equal(seen["into"], seen["before"])

@@ -1,6 +1,7 @@
 """Recipes: what they train at full size, and that each of them runs."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mixformer.data.processor import Processor, ProcessorConfig
 from mixformer.mixins import LoRAMixin
 from mixformer.tokenizer import load_tokenizer
 from mixformer.train import run, select_parameters
+from mixformer.train.loop import learning_rate_factor
 from models.cogagent import CogAgent, CogAgentConfig
 from models.cogvlm import CogVLM, CogVLMConfig
 
@@ -55,7 +57,7 @@ def test_the_visual_expert_has_6_476_005_376_parameters() -> None:
     assert sum(p.numel() for name, p in model.named_parameters() if name in chosen) == EXPERTS
 
 
-@pytest.mark.parametrize("name", ["cogvlm-stage1", "cogvlm-stage2"])
+@pytest.mark.parametrize("name", ["cogvlm-stage1", "cogvlm-stage2", "cogvlm-stage2-490"])
 def test_both_stages_of_cogvlm_train_the_expert_the_adapter_and_boi_and_eoi(name: str) -> None:
     assert full_size(name) == EXPERTS + ADAPTER + MARKS == 6_618_628_096
 
@@ -99,7 +101,8 @@ def test_lora_trains_its_updates_of_both_attentions_and_nine_mlps_of_the_tower()
 PUBLISHED = {  # steps, samples a step, rate, weight decay (arXiv:2311.03079, arXiv:2312.08914; the released script)
     "cogvlm-align": (6_000, 8_192, 1e-4, 0.05),
     "cogvlm-stage1": (120_000, 8_192, 1e-4, 0.05),
-    "cogvlm-stage2": (60_000, 1_024, 1e-5, 0.05),
+    "cogvlm-stage2": (30_000, 1_024, 1e-5, 0.05),
+    "cogvlm-stage2-490": (30_000, 1_024, 1e-5, 0.05),
     "cogvlm-sft": (6_000, 1_024, 1e-5, 0.1),
     "cogvlm-lora": (800, 16, 1e-5, 0.05),
     "cogagent-cross": (20_000, 4_608, 2e-5, 0.05),
@@ -125,6 +128,20 @@ def test_warm_up_and_the_rate_of_the_tower_are_the_published_ones() -> None:
     assert loops["cogvlm-lora"].warmup_steps == 0.02 * 800 and loops["cogvlm-lora"].clip == 0.1
 
 
+def test_the_two_halves_of_stage_2_share_one_schedule_of_60_000_steps() -> None:
+    first, second = (recipe_settings(name).train.stages[0].loop for name in ("cogvlm-stage2", "cogvlm-stage2-490"))
+    assert first.steps == second.schedule_start == 30_000
+    assert first.schedule_steps == second.schedule_start + second.steps == 60_000
+    last, then = learning_rate_factor(first.steps - 1, first), learning_rate_factor(0, second)
+    assert then == pytest.approx(0.5 * (1 + math.cos(math.pi * 28_800 / 58_800))) and 0 < last - then < 1e-4
+
+
+def test_pretraining_drops_a_tenth_as_published() -> None:
+    rates = {recipe.stem: recipe_settings(recipe.stem).train.stages[0].loop.dropout for recipe in RECIPES}
+    assert {name for name, rate in rates.items() if rate == 0.1} == set(PUBLISHED) - {"cogvlm-sft", "cogvlm-lora"}
+    assert rates["cogvlm-sft"] == rates["cogvlm-lora"] == 0
+
+
 # ---------------------------------------------------------------- mini size
 
 TOWER_SIZES = {"hidden_size": 16, "num_heads": 2, "inner_hidden_size": 24, "num_layers": 55, "image_size": 28}
@@ -144,9 +161,8 @@ def overrides(settings: Settings) -> list[str]:
 def test_recipes_run_two_steps_and_change_what_they_train_and_nothing_else(recipe: Path, tmp_path: Path) -> None:
     settings = recipe_settings(recipe.stem, *overrides(recipe_settings(recipe.stem)))
     (stage,) = settings.train.stages
-    stage.loop = dataclasses.replace(
-        stage.loop, steps=2, accumulate=2, warmup_steps=0, learning_rate=1e-2, progress=False
-    )
+    mini: dict[str, Any] = {"steps": 2, "schedule_start": 0, "schedule_steps": None, "accumulate": 2, "warmup_steps": 0}
+    stage.loop = dataclasses.replace(stage.loop, **mini, learning_rate=1e-2, progress=False)
     stage.task = type(stage.task)(str(SHAPES / "train.jsonl"), batch_size=2, max_length=128)
     cross = 42 if settings.model_class is CogAgent else None
     config = ProcessorConfig("hf-cogvlm", image_size=28, cross_image_size=cross, pad_id=3, placeholder_id=5)
@@ -172,7 +188,7 @@ def test_recipes_run_two_steps_and_change_what_they_train_and_nothing_else(recip
 
 def test_pretraining_averages_the_weights_as_published() -> None:
     averaged = {recipe.stem for recipe in RECIPES if recipe_settings(recipe.stem).train.stages[0].loop.ema is not None}
-    assert averaged == {"cogvlm-align", "cogvlm-stage1", "cogvlm-stage2"}
+    assert averaged == {"cogvlm-align", "cogvlm-stage1", "cogvlm-stage2", "cogvlm-stage2-490"}
 
 
 def test_every_recipe_names_the_command_that_runs_it() -> None:

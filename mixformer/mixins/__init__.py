@@ -6,6 +6,7 @@ from mixformer.mixins.contrastive_head import ContrastiveHeadMixin
 from mixformer.mixins.conv_stem import ConvStemMixin
 from mixformer.mixins.cross_attention import CrossAttentionMixin
 from mixformer.mixins.documents import DocumentsMixin
+from mixformer.mixins.dropout import DropoutMixin
 from mixformer.mixins.encoder_cross_attention import EncoderCrossAttentionMixin
 from mixformer.mixins.frame_embedding import FrameEmbeddingMixin
 from mixformer.mixins.gated_mlp import GatedMLPMixin
@@ -46,6 +47,7 @@ __all__ = [
     "ConvStemMixin",
     "CrossAttentionMixin",
     "DocumentsMixin",
+    "DropoutMixin",
     "EncoderCrossAttentionMixin",
     "FrameEmbeddingMixin",
     "GatedMLPMixin",

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from mixformer.checkpoint import _saving as saving
+from mixformer.filling import saving
+from mixformer.mixins.dropout import DropoutMixin
 from mixformer.train.ema import AveragedWeights
 from mixformer.train.engine import Engine
 from mixformer.train.log import TRACKERS, RunLog, RunningMeans, merged_means
@@ -57,6 +58,8 @@ __all__ = [
     "model_count", "model_losses", "parameter_groups", "select_parameters", "train",
 ]  # fmt: skip
 
+_DROPOUT = "dropout_while_training"
+
 
 @dataclass
 class TrainConfig:
@@ -68,6 +71,8 @@ class TrainConfig:
         warmup_steps: steps of linear warm-up.
         schedule: of the rate after warm-up: `cosine` or `linear` down to `final_rate`, or `constant`.
         final_rate: fraction of `learning_rate` that the schedule ends at.
+        schedule_start: steps of the schedule that were done in an earlier run, on other data or at another size.
+        schedule_steps: steps that the schedule is for, if more than those of this run and the earlier ones.
         weight_decay: of matrices; vectors are not decayed.
         betas: of AdamW.
         clip: largest norm of the gradient.
@@ -79,6 +84,8 @@ class TrainConfig:
         autocast: `bfloat16` for mixed precision, None for none.
         attention_backend: `products` composes attention of matrix products, faster in training on CPUs than torch's
             own kernels; `auto` leaves the choice to torch.
+        dropout: share of what attention and MLPs add to the residual stream that is dropped, in the layers of the model
+            itself; see `DropoutMixin`, which is part of the model while it is trained.
         loss_chunk: supervised tokens whose logits are held at once, for objectives that can; None for all [b, s, v].
         ema: share of an exponential moving average of the trained weights that stays after a step, such as 0.9999;
             None for no average.
@@ -101,6 +108,8 @@ class TrainConfig:
     warmup_steps: int = 50
     schedule: str = "cosine"
     final_rate: float = 0.02
+    schedule_start: int = 0
+    schedule_steps: int | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -111,6 +120,7 @@ class TrainConfig:
     roles: list[Role] = field(default_factory=list)
     autocast: str | None = None
     attention_backend: str = "auto"
+    dropout: float = 0.0
     loss_chunk: int | None = None
     ema: float | None = None
     ema_for: str = "both"
@@ -141,6 +151,14 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig.{name} is {value!r}; choose {known}.")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ValueError(f"TrainConfig.ema is {self.ema}; it must lie between 0 and 1, such as 0.9999.")
+        end = self.schedule_start + self.steps
+        if self.schedule_start < 0 or (self.schedule_steps is not None and self.schedule_steps < end):
+            raise ValueError(
+                f"TrainConfig.schedule_start is {self.schedule_start} and schedule_steps {self.schedule_steps}: the "
+                f"{self.steps} steps of this run must lie within the schedule."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"TrainConfig.dropout is {self.dropout}; it must be in 0 <= dropout < 1.")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(f"TrainConfig.trackers has {name!r}; choose of {', '.join(TRACKERS)}.")
@@ -207,6 +225,19 @@ def _chunked_loss(model: Any, chunk: int | None) -> Iterator[None]:
         del model.objective
 
 
+@contextmanager
+def _dropping(model: Any, rate: float) -> Iterator[None]:
+    """While entered, the model has a DropoutMixin, outermost."""
+    if not rate:
+        yield
+        return
+    model.add_mixin(_DROPOUT, DropoutMixin(rate))
+    try:
+        yield
+    finally:
+        model.del_mixin(_DROPOUT)
+
+
 def train(
     model: nn.Module, batches: Iterable[Any] | Task, config: TrainConfig, loss: LossFunction = model_losses, *,
     validation: Task | None = None, engine: Engine | None = None,
@@ -239,6 +270,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(model, trainable_names(model, config)))
         stack.enter_context(_chunked_loss(model, config.loss_chunk))
+        stack.enter_context(_dropping(model, config.dropout))
         if config.attention_backend == "products":
             stack.enter_context(AttentionOfProducts())
         run = _Run(model, task, config, validation, engine)
