@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from mixformer import BaseMixin, wrap
-from mixformer.cli import describe, description
+from mixformer.accounting import describe, description
 from mixformer.config import read_settings
 from mixformer.data import Processor
 from mixformer.mixins import CrossAttentionMixin, VisionExpertAttentionMixin, VisionExpertFCMixin

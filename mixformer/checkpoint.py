@@ -7,15 +7,14 @@ SHA-256 of every shard. Tensors that a foreign file had and the model does not u
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -23,11 +22,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mixformer.composition import Classes, class_path, decode, describe, encode, make_config, nested_in, recompose
+from mixformer.composition import Classes, decode, describe, make_config, recompose
 from mixformer.config import TransformerConfig
-from mixformer.filling import fill, find_dtype, is_meta, own_tensors, saving, slots_of, tie, tied_names, without_memory
+from mixformer.filling import fill, find_dtype, is_meta, saving, slots_of, tie, without_memory
 from mixformer.hooks import did_you_mean
 from mixformer.model import BaseModel
+from mixformer.quantised import Kind, choose, make_stored_shapes, torchao
+from mixformer.shard_writer import write_shards
 from mixformer.shards import (
     INDEX,
     SafetensorsFolder,
@@ -35,15 +36,14 @@ from mixformer.shards import (
     check_safetensors,
     read_json,
     sha256,
-    write_shards,
-    write_tensors,
     written_here,
 )
 
 if TYPE_CHECKING:
-    from models.weights import Format, Source
+    from models.weights import Format, Rule, Source
 
 CONFIG = "config.yaml"
+CONFIGS = (CONFIG, "config.json", "model_config.json")
 SOURCE = "source.safetensors"
 MARK = "mixformer"
 VERSION = 1
@@ -59,9 +59,21 @@ def recognise(folder: str | os.PathLike[str]) -> str:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; a checkpoint is a folder. Pass the folder that holds its config file.")
-    if (path / CONFIG).is_file():
+    configs = [name for name in CONFIGS if (path / name).is_file()]
+    if configs[:1] == [CONFIG] and not _is_own_config(path / CONFIG):
+        del configs[1:]
+    if len(configs) > 1:
+        raise ValueError(
+            f"{path} holds checkpoints of {len(configs)} formats: {' and '.join(configs)}. Move one of them, with its "
+            f"weights, to a folder of its own."
+        )
+    if configs == [CONFIG]:
         return "own"
     return _foreign_format(path)[0].name
+
+
+def _is_own_config(path: Path) -> bool:
+    return re.search(rf"^format: *['\"]?{MARK}\b", path.read_text(encoding="utf-8", errors="replace"), re.M) is not None
 
 
 def from_pretrained(
@@ -72,6 +84,8 @@ def from_pretrained(
     mixins: Mapping[str, type] | None = None,
     trust: bool = False,
     verify: bool = True,
+    quantise: str | Mapping[str, str | None] | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Read a model from a folder, in the project's own format, HF's or SAT's.
 
@@ -86,20 +100,48 @@ def from_pretrained(
         mixins: {mixin name or class name: class} of classes outside `mixformer` and `models`.
         trust: import such classes by the paths that the checkpoint names; this runs their modules' code.
         verify: check the recorded SHA-256 of every shard (own format).
+        quantise: `int8` or `int4`, or {selector: kind} for parts (see `mixformer.quantised.choose`). Each weight is
+            quantised when it has been read.
+        progress: show a progress bar; None for a gigabyte or more.
 
     Returns:
         the model, in evaluation mode.
 
     Raises:
-        ValueError: the folder is no checkpoint, is damaged, asks for untrusted classes, or does not fit its model.
+        ValueError: the folder is no checkpoint, is damaged, asks for untrusted classes, or does not fit its model; it
+            cannot be quantised as asked, or torchao is not installed.
     """
     folder = Path(path)
-    dtype = find_dtype(dtype)
+    how = _How(find_dtype(dtype), device, quantise, progress)
     if recognise(folder) == "own":
-        model = _read_own(folder, dtype, device, overrides, Classes(mixins, trust), verify)
+        model = _read_own(folder, how, overrides, Classes(mixins, trust), verify)
     else:
-        model = _read_foreign(folder, dtype, device, overrides)
+        model = _read_foreign(folder, how, overrides)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _How:
+    """How weights go into a model; see `from_pretrained`."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str
+    quantise: str | Mapping[str, str | None] | None
+    progress: bool | None
+
+    def kinds(self, model: BaseModel) -> dict[str, Kind]:
+        """What is to be quantised, known before a tensor is read."""
+        if not self.quantise:
+            return {}
+        if not is_meta(self.device):
+            torchao()
+        return choose(model, self.quantise)
+
+    def fill(
+        self, model: BaseModel, kinds: Mapping[str, Kind], source: TensorSource, rules: list[Rule],
+        ignored: Callable[[str], bool],
+    ) -> tuple[list[str], list[str]]:
+        return fill(model, source, rules, ignored, self.dtype, self.device, kinds, self.progress)
 
 
 def save_pretrained(
@@ -123,15 +165,20 @@ def save_pretrained(
             place for what the model has; nothing is written then.
         TypeError: an option of a mixin that is no plain data.
     """
+    from mixformer.contents import foreign_contents, own_contents, reader
+    from models.weights import HF_FORMATS
+
     target = Path(folder)
     if format not in ("own", "hf"):
-        raise ValueError(f"format '{format}' is not known. Choose 'own' or 'hf'.")
+        raise ValueError(f"format '{format}' is not known. Choose 'own' or 'hf'; mixformer convert writes SAT's.")
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor) and tensor.is_meta:
             raise ValueError(f"'{name}' is on the meta device: this model has no weights to save. Load or build some.")
-    write = _prepare_own(model, max_shard_size) if format == "own" else _prepare_hf(model, max_shard_size)
-    with _replacing(target) as new:
-        write(new)
+    contents = own_contents(model) if format == "own" else foreign_contents(model, HF_FORMATS, "HF")
+    with replacing(target) as new:
+        with saving(model):
+            write_shards(new, contents.tensors(reader(model)), max_shard_size, always_index=format == "own")
+        contents.write_config(new)
         if processor is not None:
             processor.save(new)
 
@@ -140,8 +187,7 @@ def save_pretrained(
 
 
 def _read_own(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, overrides: Mapping[str, Any] | None,
-    classes: Classes, verify: bool,
+    folder: Path, how: _How, overrides: Mapping[str, Any] | None, classes: Classes, verify: bool
 ) -> BaseModel:
     content = _read_config(folder)
     model_class: Any = classes.find(content["model"], BaseModel)
@@ -160,11 +206,14 @@ def _read_own(
 
     from models.weights import Rule
 
-    source = SafetensorsFolder(folder, verify and not is_meta(device))
+    source = SafetensorsFolder(folder, verify=False)
     try:
-        model = without_memory(build, device)
+        model = without_memory(build, how.device)
+        make_stored_shapes(model, source.shapes, source.dtypes, source.where)
+        kinds = how.kinds(model)
         rules = [Rule(name, (name,)) for name in slots_of(model)]
-        fill(model, source, rules, lambda name: False, dtype, device)
+        with source.verifying() if verify and not is_meta(how.device) else nullcontext():
+            how.fill(model, kinds, source, rules, lambda name: False)
     finally:
         source.close()
     _keep_source(folder, model, content.get("source"))
@@ -210,35 +259,6 @@ def _overridden(model_class: Any, config: TransformerConfig, overrides: Mapping[
             f"without, and change the mixin: model.replace_mixin(...)."
         )
     return changed
-
-
-def _prepare_own(model: BaseModel, max_shard_size: int | str) -> Callable[[Path], None]:
-    source = source_of(model)
-    content: dict[str, Any] = {
-        "format": MARK,
-        "version": VERSION,
-        "model": class_path(type(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": encode(model.config, "config"),
-        "mixins": describe(model),
-    }
-    tied = {name: first for name, first in tied_names(model).items() if name != first}
-    if tied:
-        content["tied"] = tied
-    if source is not None:
-        content["source"] = {field.name: getattr(source, field.name) for field in fields(source)}
-        del content["source"]["tensors"]
-
-    def write(folder: Path) -> None:
-        with saving(model):
-            write_shards(folder, own_tensors(model), max_shard_size, always_index=True)
-        if source is not None and source.tensors:
-            write_tensors(folder / SOURCE, source.tensors)
-            content["source"]["sha256"] = sha256(folder / SOURCE)
-        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-
-    return write
 
 
 def _keep_source(folder: Path, model: BaseModel, kept: dict[str, Any] | None) -> None:
@@ -295,24 +315,28 @@ def _foreign_format(folder: Path) -> tuple[Format, dict[str, Any], bool]:
     )
 
 
-def _read_foreign(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, overrides: Mapping[str, Any] | None
-) -> BaseModel:
+def _read_foreign(folder: Path, how: _How, overrides: Mapping[str, Any] | None) -> BaseModel:
     from models.weights import SATFolder, Source
     from models.weights.rules import spelling
 
     found, content, is_sat = _foreign_format(folder)
+    by = content.get("quantization_config")
+    if isinstance(by, dict):
+        raise ValueError(
+            f"{folder / 'config.json'} says that the weights are quantised ({by.get('quant_method', 'no method')}), "
+            f"which is not read. Fetch the original weights, and load them with `quantise`."
+        )
     stored: TensorSource = SATFolder(folder, content) if is_sat else SafetensorsFolder(folder)
     try:
         weights = _Renamed(stored, found.renamed)
         where = folder / ("model_config.json" if is_sat else "config.json")
         config = _foreign_config(found, content, weights.shapes, overrides, str(where))
-        model = without_memory(lambda place: found.model(config, device=place), device)
+        model = without_memory(lambda place: found.model(config, device=place), how.device)
         rules = found.rules(config)
-        absent, unused = fill(model, weights, rules, found.is_ignored, dtype, device)
+        absent, unused = how.fill(model, how.kinds(model), weights, rules, found.is_ignored)
         if not is_sat:
-            tensors = {} if is_meta(device) else {name: weights.read(name).clone() for name in unused}
-            kept_dtype = "" if dtype is not None else str(model.dtype).removeprefix("torch.")
+            tensors = {} if is_meta(how.device) else {name: weights.read(name).clone() for name in unused}
+            kept_dtype = "" if how.dtype is not None else str(model.dtype).removeprefix("torch.")
             spelled = spelling(weights.names)
             set_source(model, Source(found.name, content, dict(overrides or {}), tensors, absent, kept_dtype, spelled))
     finally:
@@ -337,6 +361,9 @@ class _Renamed:
                     f"may have been mixed: fetch the folder again."
                 )
         self.shapes = {name: source.shapes[stored] for name, stored in self.names.items()}
+        self.dtypes = {name: source.dtypes[stored] for name, stored in self.names.items()}
+        files: Mapping[str, str] = getattr(source, "files", {})
+        self.files = {name: files[stored] for name, stored in self.names.items() if stored in files}
         self.num_bytes, self.where, self.gives_own = source.num_bytes, source.where, source.gives_own
         self._source = source
 
@@ -404,159 +431,11 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _prepare_hf(model: BaseModel, max_shard_size: int | str) -> Callable[[Path], None]:
-    from models.weights import HF_FORMATS
-
-    written = [found for found in HF_FORMATS if found.write_config is not None]
-    fitting = [found for found in written if isinstance(model, found.model)]
-    if not fitting:
-        raise ValueError(
-            f"No HF format holds a {type(model).__name__}. Those that can: "
-            f"{', '.join(dict.fromkeys(found.model.__name__ for found in written))} and nothing added. Use "
-            f"format='own'."
-        )
-    nearest = max(len(each.model.__mro__) for each in fitting)
-    fitting = [each for each in fitting if len(each.model.__mro__) == nearest]
-    source = source_of(model)
-    fitting.sort(key=lambda each: source is None or each.name != source.format)
-    _check_composition(model, fitting[0])
-    tensors, content = _as_first_fitting(model, fitting, source)
-
-    def write(folder: Path) -> None:
-        with saving(model):
-            write_shards(folder, tensors, max_shard_size)
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    return write
-
-
-def _as_first_fitting(
-    model: BaseModel, formats: list[Format], source: Source | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the config file in the first of several formats that holds the model."""
-    refusals: list[ValueError] = []
-    for found in formats:
-        try:
-            return _as_foreign(model, found, source)
-        except ValueError as error:
-            refusals.append(error)
-    raise refusals[0]
-
-
-def _as_foreign(
-    model: BaseModel, found: Format, source: Source | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors (views of the model's) and the config file of a model in a format."""
-    from models.weights.rules import respelled
-
-    source = source if source is not None and source.format == found.name else None
-    with saving(model):
-        own = own_tensors(model)
-        tensors: dict[str, torch.Tensor] = {}
-        for rule in found.rules(model.config):
-            tensor = own.pop(rule.own, None)
-            if tensor is None:
-                if source is not None and rule.present(source.tensors):
-                    continue
-                assert rule.default is not None, rule.own
-                tensor = rule.default(model)
-            parts = rule.to_foreign(tensor)
-            written = list(parts)[: rule.num_written] if source is None else parts.keys() - set(source.absent)
-            tensors.update((name, part) for name, part in parts.items() if name in written)
-    if own:
-        raise ValueError(
-            f"The format {found.name} has no place for '{next(iter(own))}' and {len(own) - 1} more. Use format='own'."
-        )
-    for name, tensor in (source.tensors if source else {}).items():
-        tensors.setdefault(name, tensor)
-    content = _hf_config(model, found, source, {name: tuple(t.shape) for name, t in tensors.items()})
-    spelling = {} if source is None else source.spelling
-    return {respelled(name, spelling): tensor for name, tensor in tensors.items()}, content
-
-
-def _check_composition(model: BaseModel, found: Format) -> None:
-    plain: BaseModel = found.model(model.config, device="meta")
-    have, usual = dict(_classes_of(model)), dict(_classes_of(plain))
-    extra = [name for name in have if have[name] != usual.get(name)] + [name for name in usual if name not in have]
-    if extra:
-        raise ValueError(
-            f"The format {found.name} holds a {found.model.__name__} as it is composed by default, and this one "
-            f"differs in: {', '.join(extra)}. Remove what was added (merge a LoRA first), or use format='own'."
-        )
-
-
-def _classes_of(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any]]]:
-    for name in model.mixins:
-        mixin = model.get_mixin(name)
-        yield f"{prefix}{name}", (type(mixin), model.scopes[name])
-        for path, inner in nested_in(mixin).items():
-            yield from _classes_of(inner, f"{prefix}{name}.{path}/")
-
-
-def _hf_config(
-    model: BaseModel, found: Format, source: Source | None, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    assert found.write_config is not None
-    dtype = str(model.dtype).removeprefix("torch.")
-    if source is not None:
-        again = _foreign_config(found, source.config, shapes, source.overrides, "config.json")
-        if not _differences(again, model.config):
-            content = dict(source.config)
-            if source.dtype != dtype:
-                content["dtype" if "dtype" in content else "torch_dtype"] = dtype
-            return content
-    content = {**(source.config if source else {}), **found.write_config(model.config), "torch_dtype": dtype}
-    lacking = {path: value for path, value in _flat(asdict(model.config)) if path in found.lacks}
-    again = _foreign_config(found, content, shapes, lacking, "config.json")
-    differences = _differences(again, model.config)
-    if not differences and _differs_without(lacking, found, content, shapes, model.config):
-        content[MARK] = lacking
-    if differences:
-        raise ValueError(
-            f"The format {found.name} cannot hold the value of {', '.join(differences)} that this model has. Use "
-            f"format='own'."
-        )
-    return content
-
-
-def _differs_without(
-    lacking: dict[str, Any], found: Format, content: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], config: Any
-) -> bool:
-    try:
-        plain = dict(_flat(asdict(_foreign_config(found, content, shapes, None, "config.json"))))
-    except ValueError:
-        return True
-    return any(plain[path] != value for path, value in lacking.items())
-
-
-def _differences(a: Any, b: Any) -> list[str]:
-    flat_a, flat_b = _resolved(a), _resolved(b)
-    indifferent = {"checkpoint_activations", "init_std"}
-    differing = [path for path in {**flat_a, **flat_b} if flat_a.get(path) != flat_b.get(path)]
-    return [path for path in differing if path.rpartition(".")[2] not in indifferent]
-
-
-def _resolved(config: Any, prefix: str = "", inner_size: int = 0) -> dict[str, Any]:
-    """Options by path, with what None stands for."""
-    found: dict[str, Any] = {}
-    is_model = isinstance(config, TransformerConfig)
-    meaning = {"inner_hidden_size": config.inner_size if is_model else inner_size}
-    if is_model:
-        meaning.update(num_kv_heads=config.kv_heads, head_size=config.head_width, num_layers_run=config.layers_run)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            found.update(_resolved(value, f"{prefix}{field.name}.", meaning["inner_hidden_size"]))
-        else:
-            found[prefix + field.name] = meaning.get(field.name) if value is None else value
-    return found
-
-
 # -------------------------------------------------------------------- folders
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when all went well, and vanishes otherwise."""
     target = target.resolve()
     _check_target(target)
@@ -567,7 +446,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         yield new
         if target.exists() and not any(target.iterdir()):  # an empty folder, perhaps a mount, is filled: config last
-            for item in sorted(new.iterdir(), key=lambda item: item.name in (CONFIG, "config.json")):
+            for item in sorted(new.iterdir(), key=lambda item: item.name in CONFIGS):
                 item.rename(target / item.name)
             return
         if target.exists():

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,19 +62,23 @@ def console(arguments: Sequence[str] | None = None) -> None:
         prog="mixformer", description="Compose transformers out of mixins.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verb = verbs.add_parser(
-        "describe", help="count the parameters of a model, by part, and print its hooks; nothing is allocated",
+    accounting = _accounting()
+    accounting.describe_arguments(verbs.add_parser(
+        "describe", help="say what a model is made of and costs, or how two differ; nothing is allocated",
         allow_abbrev=False,
-    )
-    verb.add_argument(
-        "target", help="a configuration file that has model_class, a checkpoint folder, or module:Class"
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    ))
+    accounting.plan_arguments(verbs.add_parser(
+        "plan", help="say what memory loading, answering and training take; nothing is allocated", allow_abbrev=False,
+    ))
     verb = verbs.add_parser("plot", help="draw the curves of a training run to a PNG", allow_abbrev=False)
     verb.add_argument("run", help="the output of a training run, a folder of logs, or a .jsonl log")
     verb.add_argument("--output", metavar="FILE", help="the picture (default: curves.png beside the logs)")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
     data_verbs = _data_parser(verbs)
+    converting = importlib.import_module("mixformer.convert")
+    converting.add_arguments(
+        verbs.add_parser("convert", help="write a checkpoint in another format, tensor by tensor", allow_abbrev=False)
+    )
     verbs.add_parser("hooks", help="print what every hook receives and returns, as Markdown", allow_abbrev=False)
     options, overrides = parser.parse_known_args(arguments)
     with _Reported(f"mixformer {options.verb}", options.traceback):
@@ -86,12 +91,18 @@ def console(arguments: Sequence[str] | None = None) -> None:
                 raise ValueError(f"There is no option {overrides[0]}: see mixformer data {options.data_verb} --help.")
             data_verbs[options.data_verb](options)
             return
+        if options.verb == "convert":
+            converting.convert_command(options, overrides)
+            return
         if options.verb == "plot":
             split_overrides(overrides)
             plot = importlib.import_module("mixformer.train.plot").plot
             print(f"saved {plot(options.run, options.output)}")
             return
-        _describe_settings(_settings_of(options.target, overrides), options.json)
+        if options.verb == "plan":
+            accounting.plan_command(options, overrides)
+            return
+        accounting.describe_command(options, overrides)
 
 
 def _data_parser(verbs: Any) -> dict[str, Callable[[argparse.Namespace], None]]:
@@ -151,89 +162,15 @@ class _Reported:
             raise SystemExit(130) from None
 
 
-# ---------------------------------------------------------------- describe
-
-
-def describe(model: Any) -> dict[str, Any]:
-    """Count a model's parameters and list its hooks.
-
-    Args:
-        model: a BaseModel, on any device; shapes are enough.
-
-    Returns:
-        `parameters` in total; `model`, its class; `trainable` ones; `transformer`, the backbone's own; `mixins`
-        {name: {class, layers, parameters, parts {part: parameters}}}, where the part "layers" is what a mixin
-        has in the layers; `hooks` [[hook, where, chain]]; and `nested`, the same for the models inside.
-    """
-    mixins = {}
-    for name, mixin in model.mixins.items():
-        parts = {child: _count(module) for child, module in mixin.named_children()}
-        parts.update({child: parameter.numel() for child, parameter in mixin.named_parameters(recurse=False)})
-        in_layers = sum(_count(layer.mixins[name]) for layer in model.transformer.layers if name in layer.mixins)
-        parts.update({"layers": in_layers} if in_layers else {})
-        parts = {part: number for part, number in parts.items() if number}
-        mixins[name] = {
-            "class": type(mixin).__name__, "layers": model.scopes[name], "parameters": sum(parts.values()),
-            "parts": parts,
-        }
-    total = _count(model)
-    return {
-        "parameters": total,
-        "model": type(model).__name__,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "transformer": total - sum(entry["parameters"] for entry in mixins.values()),
-        "mixins": mixins,
-        "hooks": [list(row) for row in model.hooks.rows],
-        "nested": {path: describe(nested) for path, nested in model.nested_models()},
-    }
-
-
-def _count(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+# ---------------------------------------------------------------- describe, plan
 
 
 def _describe_settings(settings: Settings, as_json: bool) -> None:
-    fresh = settings.weights is None or settings.given.get("model")
-    model = settings.build_model("meta") if fresh else settings.load_model("meta")
-    summary = describe(model)
-    if as_json:
-        print(json.dumps(summary))
-        return
-    print("\n".join(description(summary)))
+    _accounting().describe_job(settings, as_json)
 
 
-def description(summary: dict[str, Any], path: str = "") -> list[str]:
-    """What `describe` returned as lines for people; `path` leads to a nested model."""
-    title = f"{summary['model']}: {summary['parameters']:,} parameters, {summary['trainable']:,} trainable"
-    rows = [("transformer", summary["transformer"])]
-    for name, entry in summary["mixins"].items():
-        rows.append((f"{name} ({entry['class']})", entry["parameters"]))
-        if len(entry["parts"]) > 1:
-            rows += [(f"  {name}.{part}", number) for part, number in entry["parts"].items()]
-    width = max(len(label) for label, _ in rows)
-    lines = [f"{path}: {title}" if path else title, ""]
-    lines += [f"  {label:<{width}}  {number:>15,}" for label, number in rows]
-    table = summary["hooks"]
-    widths = [max(len(row[column]) for row in table) for column in (0, 1)]
-    lines += ["", *(f"  {hook:<{widths[0]}}  {where:<{widths[1]}}  {chain}" for hook, where, chain in table)]
-    for nested_path, nested in summary["nested"].items():
-        if "." not in path:
-            lines += ["", *description(nested, f"{path}/{nested_path}" if path else nested_path)]
-    return lines
-
-
-def _settings_of(target: str, overrides: list[str]) -> Settings:
-    folder = Path(target)
-    if folder.is_dir():
-        from mixformer.checkpoint import from_pretrained
-
-        model_class = type(from_pretrained(folder, device="meta"))
-        return read_settings(model_class, None, [f"--weights={folder}", *overrides], ())
-    if folder.suffix in (".yaml", ".yml") or folder.is_file():
-        return read_settings(None, folder, overrides, ())
-    if ":" not in target and "." not in target:
-        raise ValueError(f"{target} does not exist. Name a checkpoint folder, a configuration file, or module:Class.")
-    return read_settings(import_class(target, "target"), None, overrides, ())
+def _accounting() -> Any:
+    return importlib.import_module("mixformer.accounting.command")
 
 
 # ---------------------------------------------------------------- hooks
@@ -367,6 +304,8 @@ def _train(settings: Settings, as_json: bool) -> None:
 def _evaluate(settings: Settings, as_json: bool) -> None:
     if settings.weights is None:
         raise ValueError("evaluate needs trained weights: --weights FOLDER, or `weights:` in the file.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate runs in one process, and torchrun started several: start it without torchrun.")
     if "evaluate" not in settings.given:
         raise ValueError("There is nothing to evaluate on. Add an `evaluate:` section to the configuration file.")
     _report(_training().evaluate(settings.load_model().eval(), settings.load_processor(), settings), as_json)
@@ -377,7 +316,7 @@ def _training() -> Any:
 
 
 def _report(result: Any, as_json: bool) -> None:
-    if result is None:
+    if result is None or os.environ.get("RANK", "0") != "0":
         return
     if as_json:
         print(json.dumps(result, default=str))

@@ -284,6 +284,7 @@ class Settings:
         tokenizer: file or folder of a tokenizer, where the processor's folder has none.
         device: where the model runs.
         dtype: of its parameters; None for the checkpoint's, or float32 for a fresh model.
+        quantise: kinds of weights by selector, or one for all Linears, as of `from_pretrained`; None for none.
         seed: of initial weights and of draws.
         chat: the question.
         sections: the sections of the other jobs, by name.
@@ -299,6 +300,7 @@ class Settings:
     tokenizer: Path | None = None
     device: str = "cpu"
     dtype: str | None = None
+    quantise: str | dict[str, str | None] | None = None
     seed: int = 0
     chat: ChatConfig = field(default_factory=ChatConfig)
     sections: dict[str, Any] = field(default_factory=dict)
@@ -362,7 +364,7 @@ class Settings:
         own = recognise(self.weights) == "own"
         model = from_pretrained(
             self.weights, dtype=self.torch_dtype(), device=device or self.device, mixins=self._known_classes(),
-            overrides=None if own else _set_values(set_keys, self.model),
+            overrides=None if own else _set_values(set_keys, self.model), quantise=self.quantise,
         )
         if not isinstance(model, self.model_class):
             raise ValueError(
@@ -423,6 +425,10 @@ _PLAIN: dict[str, tuple[Any, Any, str]] = {
     "tokenizer": (str | None, None, "file or folder of a tokenizer, where the processor's folder has none."),
     "device": (str, "cpu", "where the model runs: cpu, cuda, mps."),
     "dtype": (str | None, None, f"of the parameters, one of {', '.join(DTYPES)}; null for the checkpoint's."),
+    "quantise": (
+        dict[str, str | None] | str | None, None,
+        "int8 or int4 for the weights of all Linears, or {selector: kind}, such as {language: int4, image: int8}.",
+    ),
     "seed": (int, 0, "of initial weights and of draws."),
 }
 _KEYS = ("model", *_PLAIN, "mixins", "chat", *SECTIONS)
@@ -755,6 +761,8 @@ def _typed(
     if made.dtype is not None and made.dtype not in DTYPES:
         raise ValueError(f"{source}: dtype is {made.dtype!r}; choose one of {', '.join(DTYPES)}.")
     _check_device(made.device, source)
+    if made.quantise and made.weights is None:
+        raise ValueError(f"{source}: quantise is for the weights of a checkpoint, and there are no `weights`.")
     mixins = {
         str(name): None if mixin is None else _mixin_config(mixin, f"{source}: mixins.{name}")
         for name, mixin in (given.get("mixins") or {}).items()
@@ -766,7 +774,8 @@ def _typed(
     paths = {name: None if getattr(made, name) is None else Path(getattr(made, name)) for name in folders}
     return Settings(
         model=made.model, model_class=model_class, mixins=mixins, **paths,
-        device=made.device, dtype=made.dtype, seed=made.seed, chat=made.chat, sections=sections, given=given, file=file,
+        device=made.device, dtype=made.dtype, quantise=made.quantise, seed=made.seed, chat=made.chat,
+        sections=sections, given=given, file=file,
     )
 
 

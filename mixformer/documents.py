@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,29 @@ def check_document_ids(document_ids: torch.Tensor, input_ids: torch.Tensor) -> N
             f"Row {row} of document_ids is {document_ids[row].tolist()}: number its documents 1, 2, and so on from the "
             f"left, each in one piece, with 0 on padding."
         )
+
+
+def document_lengths(document_ids: torch.Tensor) -> list[int]:
+    """[b, s] ids -> tokens of each document, and of each piece of padding, in the order of the flattened rows."""
+    slots = torch.arange(document_ids.shape[1], device=document_ids.device)
+    firsts = (document_starts(document_ids) == slots).flatten().nonzero().flatten()
+    lengths: list[int] = firsts.diff(append=firsts.new_tensor([document_ids.numel()])).tolist()
+    return lengths
+
+
+def attend_apart(
+    attend: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
+    """Attention document by document, in which pairs of tokens of two documents cost nothing.
+
+    Args:
+        attend: q [1, n, s, d], k and v [1, g, s, d] of a document -> [1, n, s, d].
+        q, k, v: [b, n, s, d], [b, g, s, d] of rows.
+        lengths: of `document_lengths`.
+    """
+    parts = zip(*(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
+    found = [attend(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts]
+    return torch.cat(found).view(len(q), q.shape[2], *found[0].shape[1:]).transpose(1, 2)
 
 
 class DocumentPrefix(Documents):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -13,12 +16,17 @@ from tqdm import tqdm
 
 from mixformer.mixin import BaseMixin
 from mixformer.model import BaseModel
-from mixformer.shards import TensorSource, in_reading_order
+from mixformer.quantised import Kind, QuantisedLinear, quantise_linear, resolve_hooks, shape_linear
+from mixformer.shards import TensorSource, in_reading_order, num_threads
 
 if TYPE_CHECKING:
     from models.weights import Rule
 
 PROGRESS_FROM = 10**9
+"""Bytes from which reading shows a progress bar."""
+
+READ_AHEAD = 64_000_000
+"""Bytes that are read before their turn, if more than one tensor."""
 
 
 def is_meta(device: torch.device | str) -> bool:
@@ -90,9 +98,13 @@ def tie(model: BaseModel, tied: Mapping[str, str]) -> None:
 
 def fill(
     model: BaseModel, source: TensorSource, rules: Iterable[Rule], ignored: Callable[[str], bool],
-    dtype: torch.dtype | None, device: torch.device | str,
+    dtype: torch.dtype | None, device: torch.device | str, quantise: Mapping[str, Kind] | None = None,
+    progress: bool | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Put the tensors of a source into a model.
+    """Put the tensors of a source into a model, one after the other as they lie in the files.
+
+    At any time the memory holds what has been placed, the tensors that one of ours is made of, and the next ones: those
+    of one more, or `READ_AHEAD` bytes.
 
     Args:
         model: built without memory.
@@ -100,48 +112,83 @@ def fill(
         rules: the key table.
         ignored: whether a name that no rule has may be there.
         dtype: of floating-point tensors; None keeps each one's.
-        device: where they go; on `meta` names and shapes are checked only.
+        device: where they go; on `meta` names, shapes and dtypes are checked only.
+        quantise: {path of a Linear: kind}; each is quantised when its weight has been read.
+        progress: show a progress bar; None for those that read a gigabyte or more.
 
     Returns:
         Names that the table knows and the source does not have, and names of the source that the model does not use.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown, or of another shape or dtype.
     """
     slots = slots_of(model)
     table = {rule.own: rule for rule in rules}
     used, unused = _check_fit(model, source, table, slots, ignored)
-    if torch.device(device).type == "meta":
+    kinds = {f"{path}.weight": kind for path, kind in (quantise or {}).items()}
+    if is_meta(device):
+        for name, kind in kinds.items():
+            shape_linear(slots[name][0][0], kind, dtype)
+        if kinds:
+            resolve_hooks(model)
         return [], []
     absent = [name for rule in table.values() if rule.copies for name in rule.foreign if name not in source.shapes]
-    if is_meta(device):
-        return absent, unused
     starts = {rule.present(source.shapes)[0]: rule for rule in used.values()}
-    bar = tqdm(
-        total=source.num_bytes, unit="B", unit_scale=True, desc="Reading weights",
-        disable=source.num_bytes < PROGRESS_FROM,
-    )
-    with bar, torch.no_grad():
-        for start in in_reading_order(source, list(starts)):
-            rule = starts[start]
-            tensors = [source.read(name) for name in rule.present(source.shapes)]
+    ordered = [starts[start] for start in in_reading_order(source, list(starts))]
+    shown = source.num_bytes >= PROGRESS_FROM if progress is None else progress
+    with tqdm(total=source.num_bytes, unit="B", unit_scale=True, desc="Reading weights", disable=not shown) as bar:
+        for rule, tensors in zip(ordered, _read_ahead(source, ordered), strict=True):
+            num_bytes = sum(each.nbytes for each in tensors)
             try:
                 tensor = rule.to_own(tensors)
             except ValueError as error:
                 raise ValueError(f"{source.where}: {error}") from error
-            bar.update(sum(each.nbytes for each in tensors))
+            tensors.clear()
             wanted = dtype if tensor.is_floating_point() else None
-            _place(slots[rule.own], tensor, wanted, device, source.gives_own)
-        for name, rule in table.items():
-            if name not in used and name in slots:
-                assert rule.default is not None
-                _place(slots[name], rule.default(model), dtype or model.dtype, device)
+            if rule.own in kinds:
+                quantise_linear(slots[rule.own][0][0], tensor, kinds[rule.own], wanted, device)
+            else:
+                _place(slots[rule.own], tensor, wanted, device, source.gives_own)
+            del tensor
+            bar.update(num_bytes)
+        with torch.no_grad():
+            for name, rule in table.items():
+                if name not in used and name in slots:
+                    assert rule.default is not None
+                    _place(slots[name], rule.default(model), dtype or model.dtype, device)
     for inner in model.modules():
         if isinstance(inner, BaseModel):
             inner._device = torch.device(device)
+        elif isinstance(inner, QuantisedLinear):
+            inner.suit_device()
+    if kinds:
+        resolve_hooks(model)
     left = [name for name, held in slots_of(model).items() if held[0][2].is_meta]
     assert not left, left
     return absent, unused
+
+
+def _read_ahead(source: TensorSource, rules: Sequence[Rule]) -> Iterator[list[torch.Tensor]]:
+    """The tensors of each rule, in turn; threads read the next ones meanwhile."""
+    names = [rule.present(source.shapes) for rule in rules]
+    if not source.gives_own:  # mapped, so that reading costs nothing yet
+        for each in names:
+            yield [source.read(name) for name in each]
+        return
+    sizes = [sum(math.prod(source.shapes[name]) * source.dtypes[name].itemsize for name in each) for each in names]
+    waiting: deque[list[Future[torch.Tensor]]] = deque()
+    ahead = first = 0
+    with ThreadPoolExecutor(num_threads()) as pool:
+        try:
+            for index in range(len(names)):
+                while first < len(names) and (len(waiting) < 2 or ahead + sizes[first] <= READ_AHEAD):
+                    waiting.append([pool.submit(source.read, name) for name in names[first]])
+                    ahead, first = ahead + sizes[first], first + 1
+                tensors = [future.result() for future in waiting.popleft()]
+                ahead -= sizes[index]
+                yield tensors
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _place(
@@ -152,20 +199,20 @@ def _place(
     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=not (own and whole))
     placed: torch.Tensor | None = None
     for module, attribute, old in slots:
-        if attribute in module._parameters:
+        if isinstance(old, nn.Parameter):
             if placed is None:
-                placed = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+                placed = type(old)(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
             module._parameters[attribute] = placed  # type: ignore[assignment]
         else:
             module._buffers[attribute] = tensor
 
 
 def _check_fit(
-    model: BaseModel, source: TensorSource, table: Mapping[str, Rule], slots: Mapping[str, Any],
+    model: BaseModel, source: TensorSource, table: Mapping[str, Rule], slots: Mapping[str, list[Slot]],
     ignored: Callable[[str], bool],
 ) -> tuple[dict[str, Rule], list[str]]:
-    missing: dict[str, str] = {name: "" for name in slots if name not in table}
-    wrong: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {"missing": {name: "" for name in slots if name not in table}}
+    misshaped, mistyped = (found.setdefault(f"of another {what}", {}) for what in ("shape", "dtype"))
     taken: set[str] = set()
     used: dict[str, Rule] = {}
     spare: list[str] = []
@@ -175,42 +222,62 @@ def _check_fit(
         if own not in slots:
             spare += present
         elif absent:
-            missing[own] = "" if absent == [own] else f" (a file calls it {', '.join(absent)})"
+            found["missing"][own] = "" if absent == [own] else f" (a file calls it {', '.join(absent)})"
         elif present:
-            shapes = [source.shapes[name] for name in present]
-            shape, expected = rule.shape(shapes), tuple(slots[own][0][2].shape)
-            if shape == expected:
-                used[own] = rule
-            else:
-                files = ", ".join(f"{name} {list(s)}" for name, s in zip(present, shapes, strict=True))
+            shape, expected = rule.shape([source.shapes[name] for name in present]), tuple(slots[own][0][2].shape)
+            if shape != expected:
                 turned = ", which has rows and columns the other way round" if rule.transposed else ""
-                wrong[own] = f": the model has {list(expected)}, the file {files}{turned}"
+                files = ", ".join(f"{name} {list(source.shapes[name])}{_home(source, name)}" for name in present)
+                misshaped[own] = f": the model has {list(expected)}, the file {files}{turned}"
+            elif wrong := _wrong_dtype(slots[own][0][2], {name: source.dtypes[name] for name in present}):
+                mistyped[own] = f": {wrong}{_home(source, present[0])}"
+            else:
+                used[own] = rule
     others = [name for name in source.shapes if name not in taken]
-    unexpected = {name: "" for name in others if not ignored(name)}
-    if missing or unexpected or wrong:
-        raise ValueError(_misfit(model, source.where, missing, unexpected, wrong))
+    found["unexpected"] = {name: _home(source, name) for name in others if not ignored(name)}
+    if any(found.values()):
+        raise ValueError(_misfit(model, source.where, found))
     return used, spare + [name for name in others if ignored(name)]
 
 
-def _misfit(
-    model: BaseModel, where: str, missing: dict[str, str], unexpected: dict[str, str], wrong: dict[str, str]
-) -> str:
+def _home(source: TensorSource, name: str) -> str:
+    """Where a tensor is, for messages."""
+    files: Mapping[str, str] = getattr(source, "files", {})
+    return f" (in {files[name]})" if name in files else ""
+
+
+def _wrong_dtype(held: torch.Tensor, stored: Mapping[str, torch.dtype]) -> str | None:
+    """What is wrong with the dtypes of the tensors that one of the model's is made of, if anything."""
+    kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in stored.items()}
+    for name, dtype in stored.items():
+        plain = dtype.is_floating_point and dtype.itemsize > 1
+        if plain != held.is_floating_point():
+            wanted = "floating-point numbers" if held.is_floating_point() else "integers"
+            return f"the model has {wanted} there, '{name}' is {kinds[name]}"
+    if len(set(kinds.values())) > 1:
+        return f"the model has one tensor, the file {', '.join(f'{name} {kind}' for name, kind in kinds.items())}"
+    return None
+
+
+def _misfit(model: BaseModel, where: str, found: Mapping[str, Mapping[str, str]]) -> str:
     lines = [f"{where} does not fit {type(model).__name__}:"]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+    for what in ("missing", "unexpected", "of another shape", "of another dtype"):
         groups: dict[str, list[str]] = {}
-        for name, note in names.items():
+        for name, note in found[what].items():
             groups.setdefault(_owner(model, name), []).append(name + note)
         for owner, members in groups.items():
             more = f" and {len(members) - 3} more" if len(members) > 3 else ""
             lines.append(f"  {len(members)} {what}, {owner}: {'; '.join(members[:3])}{more}")
-    if missing and unexpected:
+    if found["missing"] and found["unexpected"]:
         lines.append("The weights are of another composition. Check which mixins they were saved with.")
-    elif missing:
+    elif found["missing"]:
         lines.append("A shard may be missing, or the weights are of another variant. Fetch the folder again.")
-    elif unexpected:
+    elif found["unexpected"]:
         lines.append("The weights have more than this model. Check the config file beside them.")
-    else:
+    elif found["of another shape"]:
         lines.append("Check the sizes in the config file, and `overrides` for constants that it lacks.")
+    else:
+        lines.append("If another program quantised them, fetch the original weights, and load those with `quantise`.")
     return "\n".join(lines)
 
 

@@ -86,7 +86,7 @@ class LanguageObjective:
             return self._in_chunks(model, batch, self.chunk)
         out, labels = _run(model, batch)
         labels = self._targets(labels)
-        losses = self._token_losses(out.logits[:, :-1].flatten(0, 1), labels)
+        losses = self._token_losses(out.logits.flatten(0, 1), labels)
         return {"language": _mean(losses, labels), **out.losses}
 
     def count(self, batch: Mapping[str, Any]) -> int:
@@ -94,8 +94,8 @@ class LanguageObjective:
         return int((self._targets(_labels(batch)) != IGNORED_LABEL).sum())
 
     def _targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """[b, s] -> [b * (s - 1)], what each slot but the last of a row predicts."""
-        labels = labels[:, 1:].flatten()
+        """[b, s] -> [b * s], what each slot predicts; the last one of a row nothing, so that no logits are copied."""
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
         for ignored in self.ignored_ids:
             labels = labels.masked_fill(labels == ignored, IGNORED_LABEL)
         return labels
@@ -123,7 +123,7 @@ class LanguageObjective:
         _require_fit(labels, hidden_states, "hidden states")
         targets = self._targets(labels)
         learnt = targets != IGNORED_LABEL
-        hidden_states, targets = hidden_states[:, :-1].flatten(0, 1)[learnt], targets[learnt]
+        hidden_states, targets = hidden_states.flatten(0, 1)[learnt], targets[learnt]
         ctx = plan.started({})
 
         def summed(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import accelerator, harness
+from benchmarks import accelerator, harness, training
 from benchmarks.accelerator import host_waits
 from benchmarks.floor import Cache, load_floor
 from benchmarks.harness import CASES, Group, Options, Run, Skipped, Unequal
@@ -154,8 +156,8 @@ def test_a_quick_run_writes_results_and_a_page_with_every_group(
     assert code == 0
     results, text = json.loads(file.read_text()), page.read_text()
     assert list(results["cases"]) == names
-    assert results["machine"].keys() >= {"date", "processor", "cores", "threads", "torch", "python"}
     for name, found in results["cases"].items():
+        assert found["machine"].keys() >= {"date", "processor", "cores", "threads", "torch", "python"}
         assert f"(`{name}`)" in text and found["about"] in text
         for group in found["groups"]:
             assert f"### {group['title'][0].upper()}{group['title'][1:]}" in text
@@ -169,8 +171,214 @@ def test_a_quick_run_writes_results_and_a_page_with_every_group(
 
 
 def test_the_page_ends_with_the_notes_as_they_are() -> None:
-    results = {"machine": {"threads": 1}, "cases": {}}
-    assert markdown(results, "## Gaps\n\nOne.\n").endswith("## Gaps\n\nOne.\n")
+    assert markdown({"cases": {}}, "## Gaps\n\nOne.\n").endswith("## Gaps\n\nOne.\n")
+
+
+@pytest.fixture
+def timed_cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The only two cases, one and other; their competitors report the seconds given here, 0 for being skipped."""
+    seconds = {"one": 1.0, "other": 2.0}
+
+    def make(name: str) -> harness.Case:
+        def build(options: Options) -> Iterator[Group]:
+            if not seconds[name]:
+                raise Skipped("it is somewhere else")
+            runs = {"floor": Run(lambda: {"seconds": seconds[name]}, compared=False, measured=True)}
+            yield Group("work", runs, warmup=0)
+
+        return harness.Case(name, f"Case {name}", "", build, threads=torch.get_num_threads())
+
+    for name in list(CASES):
+        monkeypatch.delitem(CASES, name)
+    for name in seconds:
+        monkeypatch.setitem(CASES, name, make(name))
+    return seconds
+
+
+def at(monkeypatch: pytest.MonkeyPatch, commit: str, processor: str = "slow") -> None:
+    """Say where and when the next run is."""
+    found = {"date": f"day of {commit}", "processor": processor, "threads": torch.get_num_threads(), "commit": commit}
+    monkeypatch.setattr(command, "machine", lambda threads: found)
+
+
+def seconds_in(file: Path) -> dict[str, float]:
+    """What a file says that the cases took."""
+    cases = json.loads(file.read_text())["cases"]
+    return {
+        name: case["groups"][0]["competitors"]["floor"]["figures"]["seconds"]["median"] for name, case in cases.items()
+    }
+
+
+def without_duration(page: Path) -> str:
+    """A page without how long its cases took."""
+    text, count = re.subn(r", in \d+ s\b", "", page.read_text())
+    assert count == 2
+    return text
+
+
+def test_a_case_is_measured_again_and_the_others_keep_their_figures_date_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_cases: dict[str, float]
+) -> None:
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    given = ["--rounds", "1", "--json", str(file), "--markdown", str(page)]
+    at(monkeypatch, "aaa")
+    assert command.main(given) == 0
+    text = without_duration(page)
+    assert "| processor | slow |" in text and text.count("*Run on day of aaa at commit aaa.*") == 2
+    first = json.loads(file.read_text())["cases"]
+    timed_cases |= {"one": 3.0, "other": 4.0}
+    at(monkeypatch, "bbb", "fast")
+    assert command.main(["other", *given]) == 0
+    assert seconds_in(file) == {"one": 1.0, "other": 4.0} and list(seconds_in(file)) == ["one", "other"]
+    assert json.loads(file.read_text())["cases"]["one"] == first["one"]
+    one, other = without_duration(page).split("## Case ")[1:]
+    assert "1 s [" in one and "*Run on day of aaa at commit aaa; processor slow.*" in one
+    assert "4 s [" in other and "*Run on day of bbb at commit bbb; processor fast.*" in other
+    assert "| processor |" not in page.read_text()
+
+
+def test_files_from_before_cases_had_machines_of_their_own_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_cases: dict[str, float]
+) -> None:
+    file = tmp_path / "results.json"
+    at(monkeypatch, "aaa")
+    command.main(["--rounds", "1", "--json", str(file)])
+    cases = json.loads(file.read_text())["cases"]
+    alike = {name: [case.pop(name) for case in cases.values()].pop() for name in ("machine", "quick")}
+    file.write_text(json.dumps({**alike, "cases": cases}))
+    at(monkeypatch, "bbb")
+    command.main(["other", "--rounds", "1", "--json", str(file)])
+    found = json.loads(file.read_text())["cases"]
+    assert [found[name]["machine"]["commit"] for name in ("one", "other")] == ["aaa", "bbb"]
+
+
+def test_a_run_that_stops_in_the_middle_leaves_what_it_has_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_cases: dict[str, float]
+) -> None:
+    file = tmp_path / "results.json"
+    at(monkeypatch, "aaa")
+    command.main(["--rounds", "1", "--json", str(file)])
+    timed_cases |= {"one": 3.0, "other": 4.0}
+
+    def stop(options: Options) -> Iterator[Group]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CASES, "other", harness.Case("other", "Case other", "", stop))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--rounds", "1", "--json", str(file)])
+    assert seconds_in(file) == {"one": 3.0, "other": 2.0} and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_case_that_is_skipped_here_keeps_what_was_measured_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_cases: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    at(monkeypatch, "aaa")
+    command.main(["--rounds", "1", "--json", str(file)])
+    timed_cases |= {"one": 3.0, "other": 0.0}
+    at(monkeypatch, "bbb")
+    assert command.main(["--rounds", "1", "--json", str(file), "--markdown", str(page)]) == 0
+    assert seconds_in(file) == {"one": 3.0, "other": 2.0}
+    assert "other: what was measured on day of aaa stays" in capsys.readouterr().out
+    assert "at commit aaa" in page.read_text() and "Skipped" not in page.read_text()
+
+
+@pytest.mark.parametrize("first", [[], ["--quick"]])
+def test_quick_runs_and_measurements_do_not_mix(
+    first: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_cases: dict[str, float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    at(monkeypatch, "aaa")
+    command.main([*first, "--rounds", "1", "--json", str(file), "--markdown", str(page)])
+    assert ("no measurement" in page.read_text()) == bool(first)
+    before = file.read_bytes()
+    with pytest.raises(SystemExit):
+        command.main([*([] if first else ["--quick"]), "--rounds", "1", "--json", str(file)])
+    assert "write to another file" in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_a_file_that_holds_something_else_is_refused_and_left_alone(
+    tmp_path: Path, timed_cases: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    for text in ("[]", "{", '{"cases": 3}'):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            command.main(["one", "--json", str(file)])
+        assert "results.json holds no results of benchmarks" in capsys.readouterr().err and file.read_text() == text
+
+
+def test_rates_and_figures_taken_once_have_ratios_of_their_own() -> None:
+    clock, taken = Clock(), []
+
+    def peak(name: str, value: float) -> Callable[[], dict[str, float]]:
+        return lambda: {"MiB": (taken.append(name), value)[1]}  # type: ignore[func-returns-value]
+
+    runs = {
+        "floor": Run(clock.work(2.0), rates={"tokens/s": 10.0}, once=peak("floor", 8.0)),
+        "twice": Run(clock.work(4.0), lambda: None, rates={"tokens/s": 10.0}, once=peak("twice", 2.0)),
+        "other": Run(clock.work(1.0)),
+    }
+    group = Group("work", runs, rounds=3, calls=2, ratios_of=("tokens/s", "MiB"))
+    timed = harness.measure(group, Options(), clock)
+    assert [one["tokens/s"] for one in timed["floor"] + timed["twice"]] == [5.0] * 3 + [2.5] * 3
+    found = harness.run_group(group, Options())
+    assert taken == ["floor", "twice"]
+    other = found["competitors"]["twice"]
+    assert other["figures"]["MiB"]["median"] == 2.0 and other["ratios_of"]["MiB"]["floor"]["median"] == 0.25
+    assert found["competitors"]["other"]["ratios_of"] == {"tokens/s": {}, "MiB": {}}
+    case = {"title": "Work", "groups": [found], "machine": {"threads": 1, "date": "today"}}
+    page = markdown({"cases": {"work": case}})
+    assert "| time | over floor | tokens/s | tokens/s over floor | MiB | MiB over floor |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| twice |"))
+    assert row.endswith("| 2 | **0.250** [0.250, 0.250] |") and row.count("|") == 8
+
+
+def quick(name: str) -> list[dict[str, Any]]:
+    """The groups of a case in tiny sizes; competitors whose outputs differ would raise."""
+    threads = torch.get_num_threads()
+    try:
+        return harness.run_case(CASES[name], Options(threads=1, quick=True))["groups"]  # type: ignore[no-any-return]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_packing_and_padding_learn_the_same_and_packing_runs_fewer_tokens() -> None:
+    (group,) = quick("packing")
+    facts, found = group["facts"], group["competitors"]
+    run = [facts[f"tokens run, {name}"] for name in found]
+    assert run[0] == facts["samples"] * 64 and run[0] > run[1] > max(run[2:]) and min(run) > facts["useful tokens"]
+    assert group["tolerance"] <= 1e-4 and all(one["kind"] == "compared" for one in found.values())
+    assert set(found["packed"]["ratios_of"]["useful tokens/s"]) == set(list(found)[:2])
+
+
+def test_lengths_of_samples_are_log_normal() -> None:
+    lengths = sorted(training.log_normal(5000, 9999, torch.Generator().manual_seed(0)))
+    assert lengths[4999] == pytest.approx(5000, abs=1)
+    shares = [sum(length < 5000 * math.exp(bound) for length in lengths) / 9999 for bound in (-1, 1, 2)]
+    assert shares == pytest.approx([0.1587, 0.8413, 0.9772], abs=1e-3)  # of a standard normal distribution
+
+
+def test_kept_features_give_the_gradients_of_computed_ones() -> None:
+    groups = quick("cached_features")
+    assert [list(group["competitors"]) for group in groups] == [
+        ["computed", "read from disk", "read from the page cache", "at hand"]
+    ] * 2
+    assert all(group["facts"]["million parameters, towers"] > 0 for group in groups)
+
+
+def test_steps_of_training_are_those_of_the_floor_and_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    (group,) = quick("training")
+    assert {"floor", "mixformer", "HF"} <= set(group["competitors"]) and group["tolerance"] <= 1e-4
+
+
+def test_the_peak_of_the_loss_in_chunks_is_below_that_of_all_logits() -> None:
+    (group,) = quick("chunked_loss")
+    peaks = [found["figures"]["peak MiB in use"]["median"] for found in group["competitors"].values()]
+    logits = 4 * 128 * 8000 * 4 / 2**20
+    assert peaks[0] > 2 * logits > 2 * peaks[1]
 
 
 def test_the_floor_computes_our_logits_gradients_and_cached_steps() -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mixformer import BaseMixin, Context, save_pretrained, wrap
-from mixformer.cli import JOBS, console, describe, main
+from mixformer.accounting import describe
+from mixformer.cli import JOBS, console, main
 from mixformer.conversation import Conversation
 from mixformer.data.processor import Processor, ProcessorConfig
 from mixformer.tokenizer import load_tokenizer

@@ -1,9 +1,13 @@
 """Reading samples: formats, order, cursor, splitting, skipping, labels, and what is said about mistakes."""
 
 import argparse
+import bz2
+import gzip
 import io
 import json
 import logging
+import lzma
+import math
 import re
 import tarfile
 import tracemalloc
@@ -21,7 +25,13 @@ from mixformer.config import read_settings
 from mixformer.data.check import Problem, add_arguments, check, check_command
 from mixformer.data.grounding import Box, draw_boxes
 from mixformer.data.processor import Processor, ProcessorConfig, TrainingSample, UnusableSampleError
-from mixformer.data.readers import JoinedRecords, ListRecords, Source, open_records
+from mixformer.data.readers import (
+    ChangedFileError,
+    JoinedRecords,
+    ListRecords,
+    Source,
+    open_records,
+)
 from mixformer.data.records import Record, canonical, place_images
 from mixformer.data.show import add_arguments as add_show_arguments
 from mixformer.data.show import marked_tokens, show, show_command
@@ -196,10 +206,149 @@ def test_lines_may_be_indented_and_end_in_any_way(tmp_path: Path) -> None:
     assert [(r.content["text"], r.line) for r in records] == [("a", 1), ("ü", 3), ("c", 4)]
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def write_tar(path: Path, *members: tuple[str, bytes | tuple[bytes, str]]) -> Path:
+    """Members of a name and their content, or of the kind and target of a link."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as shard:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                member.type, member.linkname = content
+                shard.addfile(member)
+            else:
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_byte_order_marks_are_no_part_of_the_text(tmp_path: Path) -> None:
+    one, two = b'{"text": "a"}', b'{"text": "b"}'
+    for name in ("images", "labels"):
+        (tmp_path / "sft" / name).mkdir(parents=True)
+    (tmp_path / "sft" / "images" / "1.png").write_bytes(picture_bytes(1))
+    (tmp_path / "sft" / "labels" / "1.json").write_bytes(BYTE_ORDER_MARK + b'{"text": "a", "captions": ["b"]}')
+    (tmp_path / "x.jsonl").write_bytes(BYTE_ORDER_MARK + one + b"\r\n" + two)
+    (tmp_path / "x.json").write_bytes(BYTE_ORDER_MARK + b"[" + one + b",\n" + two + b"]")
+    (tmp_path / "x.txt").write_bytes(BYTE_ORDER_MARK + b"a\nb\n")
+    (tmp_path / "empty.txt").write_bytes(BYTE_ORDER_MARK + b"\r\n")
+    write_tar(tmp_path / "x.tar", ("1.json", BYTE_ORDER_MARK + one), ("2.txt", BYTE_ORDER_MARK + b"b"))
+    for name in ("x.jsonl", "x.json", "x.txt", "x.tar"):
+        records = open_records(tmp_path / name)
+        assert [record.content["text"] for record in records] == ["a", "b"], name
+        assert [record.line for record in records] == ([1, 1] if name == "x.tar" else [1, 2]), name
+    assert open_records(tmp_path / "sft")[0].content["text"] == "a"
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+        open_records(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_pictures_of_a_tar_sample_come_by_number_wherever_they_lie(tmp_path: Path, count: int) -> None:
+    names = [f"0.{number}.png" for number in range(count)]
+    members = [(name, name.encode()) for name in reversed(names)]
+    file = write_tar(tmp_path / "x.tar", *members[:1], ("0.JSON", b'{"text": "x"}'), ("1.txt", b"y"), *members[1:])
+    (record, other) = open_records(file)
+    assert record.images == [name.encode() for name in names] and other.images == []
+
+
+def test_members_of_a_tar_file_may_have_any_name(tmp_path: Path) -> None:
+    long = "\u00e4" * 70 + "/" + "x" * 130
+    members = [(f"{stem}.{suffix}", content) for stem in (long, "./a/1", "b/1")
+               for suffix, content in (("json", b'{"text": "x"}'), ("png", stem.encode()))]  # fmt: skip
+    records = open_records(write_tar(tmp_path / "x.tar", ("b/._1.json", b"junk"), *members))
+    assert [record.images for record in records] == [[stem.encode()] for stem in (long, "./a/1", "b/1")]
+    assert records[0].where == f"{tmp_path}/x.tar/{long}.json:1"
+
+
+def test_a_caption_beside_metadata_is_the_answer(tmp_path: Path) -> None:
+    # what img2dataset writes: 00000.jpg, 00000.txt and 00000.json with url, width, ...
+    meta = json.dumps({"url": "http://x/y.jpg", "caption": "a beach", "status": "success", "width": 8}).encode()
+    file = write_tar(tmp_path / "x.tar", ("0.jpg", picture_bytes(0)), ("0.json", meta), ("0.txt", b"a beach\n"))
+    (record,) = open_records(file)
+    assert record.messages == talk("Describe this image.", "a beach") and record.content["width"] == 8
+    assert record.images == [picture_bytes(0)] and check(file) == []
+    write_tar(file, ("0.json", b'{"text": "a"}'), ("0.txt", b"b"))
+    assert [problem.reason for problem in check(file)] == ["has 'text' and a .txt beside it: keep one of them."]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_tar_file_is_no_picture_and_not_overlooked(tmp_path: Path, kind: bytes) -> None:
+    file = write_tar(tmp_path / "x.tar", ("0.txt", b"a"), ("0.png", picture_bytes(0)), ("1.txt", b"b"),
+                     ("1.png", (kind, "0.png")))  # fmt: skip
+    (problem,) = check(file)
+    assert problem.file.endswith("/1.txt") and "1.png is no plain file but a link" in problem.reason
+
+
+def test_a_tar_file_that_is_cut_off_anywhere_is_never_a_smaller_one(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "x.tar", *((f"{number}.txt", b"x" * 600 * number) for number in range(1, 4)))
+    content = file.read_bytes()
+    members = 3 * 512 + 1024 + 1536 + 2048
+    assert content[members:].strip(b"\0") == b""
+    for length in range(0, members + 512, 128):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"x\.tar is (no plain tar file, or )?cut off"):
+            open_records(file)
+    for length in (members + 512, members + 1024, len(content)):
+        file.write_bytes(content[:length])
+        assert len(open_records(file)) == 3
+    file.write_bytes(content + content)
+    with pytest.raises(ValueError, match="goes on behind its end"):
+        open_records(file)
+    damaged = bytearray(content)
+    damaged[512 + 1024 : 512 + 1024 + 100] = b"?" * 100  # the header of the second member
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"cut off or damaged behind its member 1\.txt"):
+        open_records(file)
+
+
+def test_a_file_that_changes_while_it_is_read_stops_the_run(tmp_path: Path) -> None:
+    file = Path(write_texts(tmp_path, 20))
+    for workers in (0, 1):
+        stream = iter(number_stream(str(file), 2, broken="skip", shuffle=False, num_workers=workers))
+        assert numbers_of(next(stream)) == [0, 1]
+        with file.open("a", encoding="utf-8") as longer:
+            longer.write('{"text": "20"}\n')
+        assert numbers_of(next(stream)) == [2, 3]  # what was added is not missed
+        content = file.read_text(encoding="utf-8")
+        file.write_text(content[7:], encoding="utf-8")
+        with pytest.raises(ChangedFileError, match=r"data\.jsonl has changed since it was opened: line \d+ is not"):
+            list(islice(stream, 10))
+        file.write_text(content, encoding="utf-8")
+    listed = tmp_path / "x.json"
+    listed.write_text('[{"text": "a"}, {"text": "b"}]', encoding="utf-8")
+    shard = write_tar(tmp_path / "x.tar", ("1.txt", b"x" * 600), ("2.txt", b"y"))
+    for path in (listed, shard):
+        records = open_records(path)
+        path.write_bytes(path.read_bytes()[:20])
+        with pytest.raises(ChangedFileError, match="has become shorter"):
+            records[1]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.tar", "x.txt"])
+def test_compressed_files_are_refused_whatever_their_name(tmp_path: Path, name: str) -> None:
+    for pack, suffix in ((gzip.compress, ".gz"), (bz2.compress, ".bz2"), (lzma.compress, ".xz")):
+        for file in (tmp_path / name, tmp_path / (name + suffix)):
+            file.write_bytes(pack(b'{"text": "a"}\n'))
+            with pytest.raises(ValueError, match="unpack it to a plain file"):
+                open_records(file)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".arrow", ".tsv"])
+def test_tables_are_not_taken_for_plain_text(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"x{suffix}"
+    file.write_text("text,label\na,1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is a table, which is not read: write its rows as JSON lines"):
+        open_records(file)
+    assert len(open_records(Source(str(file), format="text"))) == 2
+
+
 def test_files_of_unknown_form_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unpack it to a plain"):
         (tmp_path / "x.tar.gz").write_bytes(b"")
         open_records(tmp_path / "x.tar.gz")
+    with pytest.raises(ValueError, match=r"no file .*\{0\.\.1\}\.tar .* several files write \* in the name"):
+        open_records(tmp_path / "x-{0..1}.tar")
     with pytest.raises(ValueError, match=r"no plain tar file, or cut off"):
         (tmp_path / "x.tar").write_bytes(b"nothing" * 200)
         open_records(tmp_path / "x.tar")
@@ -215,8 +364,9 @@ def test_files_of_unknown_form_are_refused(tmp_path: Path) -> None:
         open_records(Source(str(tmp_path), labels="labels_en"))
     with pytest.raises(ValueError, match="choose one of jsonl"):
         Source("x", format="csv")
-    with pytest.raises(ValueError, match="must be above 0"):
-        Source("x", weight=0.0)
+    for weight in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be above 0 and finite"):
+            Source("x", weight=weight)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
@@ -310,11 +460,35 @@ def test_the_cursor_of_other_data_is_refused(tmp_path: Path) -> None:
     state = number_stream(write_texts(tmp_path, 10), 4).state_dict()
     with pytest.raises(ValueError, match="has 9 samples, but 10 when the state was saved"):
         number_stream(write_texts(tmp_path, 9), 4).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"data\.jsonl has 11 samples, but 10 when the state was saved: resume with"):
+        number_stream(write_texts(tmp_path, 11), 4).load_state_dict(state)
+    two = Stream([open_records(write_texts(tmp_path, 10))] * 2, make_numbers, 4, weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="has 2 sources, but 1"):
+        two.load_state_dict(state)
     order = Order([10, 5], [1.0, 1.0], 4, 0)
     with pytest.raises(ValueError, match="has 2 weighted sources, but 1"):
         order.load_state_dict(state["order"])
     with pytest.raises(ValueError, match="batch_size 4 is less than the 5 processes"):
         number_stream(write_texts(tmp_path, 10), 4).shard(0, 5)
+
+
+def test_a_file_that_was_mended_is_gone_on_with_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = number_stream(write_texts(tmp_path, 10), 4)
+    expected = [numbers_of(batch) for batch in islice(stream, 5)]
+    stream = number_stream(write_texts(tmp_path, 10), 4)
+    next(iter(stream))
+    state = json.loads(json.dumps(stream.state_dict()))
+    file = write_lines(tmp_path, *({"text": f"{number}", "more": "words"} for number in range(10)))
+    resumed = number_stream(file, 4)
+    resumed.load_state_dict(state)
+    assert [numbers_of(batch) for batch in islice(resumed, 4)] == expected[1:]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert re.search(r"data\.jsonl has \d+ bytes, but \d+ when the state was saved\. It has as many samples", message)
+    caplog.clear()
+    number_stream(file, 4).load_state_dict({"order": state["order"]})  # of a version that did not write sizes down
+    assert not caplog.records
 
 
 def test_weights_say_how_often_sources_come() -> None:
@@ -388,6 +562,26 @@ def test_unusable_samples_are_skipped_counted_and_named(
         assert reason in found or "picture" in found
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_is_a_sample_that_cannot_be_read(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [{"messages": talk("What?", "a circle"), "images": [f"{number}.png"]} for number in range(3)]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture_bytes(number))
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.png").symlink_to("/proc/self/mem")  # there, opens, and fails when it is read
+    file = write_lines(tmp_path, *lines)
+    task = conversations(file, 3, broken="skip", num_workers=workers)
+    assert sorted(next(iter(task.batches()))["_samples"]) == [f"{file}:1", f"{file}:3"]
+    assert f"skipped broken sample {file}:2 " in caplog.text and "Input/output error" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2: .*Input/output error"):
+        next(iter(conversations(file, 3, num_workers=workers).batches()))
+    (problem,) = check(file)
+    assert problem.line == 2 and "Input/output error" in problem.reason
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unusable_samples_stop_the_run_by_default(tmp_path: Path, workers: int) -> None:
     file = broken_folder(tmp_path)
@@ -402,6 +596,19 @@ def test_unusable_samples_stop_the_run_by_default(tmp_path: Path, workers: int) 
         Reading(broken="ignore")
     with pytest.raises(ValueError, match="must be 0 or more"):
         Reading(num_workers=-1)
+
+
+def test_answers_that_are_empty_or_hold_a_picture_are_not_learnt(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture_bytes(0))
+    said = [talk("a?", " "), talk("a?", "", "b?", "a circle"), talk("a?", "<image> a circle"), talk("a?", "a square")]
+    file = write_lines(tmp_path, *({"messages": messages, "images": ["0.png"]} for messages in said))
+    for supervise, unusable in (("last", {1}), ("all", {1, 2})):
+        task = ConversationTask(file, 4, supervise=supervise, reading=Reading(broken="skip", unusable="skip"))
+        task.prepare(Model(), make_processor(image_place="first"))
+        task.shard(0, 1)
+        lines = {int(name.rpartition(":")[2]) for name in next(iter(task.batches()))["_samples"]}
+        assert lines == {1, 2, 4} - unusable
+        assert task.stream().skipped == {"unusable": len(unusable), "broken": 1}
 
 
 def test_a_process_without_a_usable_sample_learns_nothing_but_does_not_stop(tmp_path: Path) -> None:
@@ -620,11 +827,28 @@ GOOD = {"messages": talk("What?", "a circle"), "images": ["0.png"]}
         ({"conversations": [{"from": "human"}]}, "turn 0 must be {'from'"),
         ({"conversations": {}}, "'conversations' must be a list"),
         ({"captions": ["a", "b"]}, "'captions' must hold one text"),
+        ({**GOOD, "image": "0.png"}, "it has 'images' and 'image', which say the same"),
+        ({**GOOD, "conversations": []}, "it has 'messages' and 'conversations', which say the same"),
+        ({**GOOD, "images": [""]}, "'images' has an empty name"),
+        ({**GOOD, "images": ["https://x/0.png"]}, r"https://x/0\.png, which would have to be downloaded"),
+        ({**GOOD, "images": ["x" * 300]}, r"names the picture x+, which cannot be looked up \(File name too long\)"),
+        ({**GOOD, "images": ["."]}, r"names the picture \., which is not in"),
+        ({**GOOD, "images": ["empty.png"]}, r"picture 0 cannot be read: .*zero bytes"),
+        ({**GOOD, "images": ["cut.jpg"]}, r"picture 0 cannot be read: .*truncated or damaged"),
+        ({**GOOD, "messages": talk("What?", "<image> a circle")}, "message 1 is an answer with <image> in it"),
+        ({**GOOD, "objects": [{"box": [100, 2, -3, 4]}]}, "object 0: a box needs whole thousandths"),
+        ({"text": "half \ud83d"}, "half of a pair of surrogates"),
+        ('[{"text": "a"},', r"is not valid JSON .* the name of a JSON list ends with \.json"),
+        ('{"text": "a"', "is not valid JSON"),
     ],
 )
 def test_every_mistake_is_found_with_its_line(tmp_path: Path, line: Any, reason: str) -> None:
     (tmp_path / "0.png").write_bytes(picture_bytes(0))
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
     text = line if isinstance(line, str) else json.dumps(line)
     file = tmp_path / "data.jsonl"
     lines = [json.dumps(GOOD), "", text, json.dumps(GOOD)]
@@ -636,6 +860,11 @@ def test_every_mistake_is_found_with_its_line(tmp_path: Path, line: Any, reason:
 
 
 def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture_bytes(0))
+    rows = [{"messages": GOOD["messages"], "image": None}, {**GOOD, "image": None}, {"text": "\U0001f600 \\ud83d"},
+            {"id": 1, "conversations": [{"from": "human", "value": "Is <image> red?"}, {"from": "gpt", "value": "no"}],
+             "image": "0.png"}, {**GOOD, "id": 1}]  # fmt: skip
+    assert check(write_lines(tmp_path, *rows)) == []
     files = write_formats(tmp_path)
     pictures = str(tmp_path / "pictures")
     assert check([files["jsonl"], Source(files["llava"], images=pictures), files["cogvlm-sft"], files["tar"]]) == []

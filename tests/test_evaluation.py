@@ -446,8 +446,8 @@ def test_a_damaged_line_of_answers_is_an_error(model: Any, processor: Processor,
 
 # ---------------------------------------------------------------- lmms-eval
 
-# The interface of its guide (docs/guides/model_guide.md) and code (lmms_eval/api/model.py, api/instance.py,
-# models/registry_v2.py): models of the kind `simple`.
+# The interface of its guide (docs/guides/model_guide.md) and, as of version 0.7.3, of its code (lmms_eval/api/model.py,
+# api/instance.py, api/task.py, evaluator.py, models/registry_v2.py): models of the kind `simple`.
 
 
 class Request:
@@ -474,10 +474,16 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
         def __init__(self, model_id: str, simple_class_path: str) -> None:
             self.model_id, self.simple_class_path = model_id, simple_class_path
 
-    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models", "lmms_eval.models.registry_v2")
+    class GenerationResult:
+        def __init__(self, text: Any) -> None:
+            self.text = text
+
+    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.instance", "lmms_eval.models",
+             "lmms_eval.models.registry_v2")  # fmt: skip
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["lmms_eval.api.model"].lmms = Base  # type: ignore[attr-defined]
+    sys.modules["lmms_eval.api.instance"].GenerationResult = GenerationResult  # type: ignore[attr-defined]
     sys.modules["lmms_eval.models.registry_v2"].ModelManifest = ModelManifest  # type: ignore[attr-defined]
     lmms.model_class.cache_clear()
     yield Base
@@ -525,21 +531,79 @@ def test_the_bridge_answers_in_order_what_the_model_answers(bridge: Any, model: 
     assert bridge.generate_until([stopped]) == [found[0].split(stop)[0].strip()]
 
 
+def target_values(model: Any, processor: Processor, line: dict[str, Any], target: str) -> tuple[list[float], bool]:
+    """Log-probabilities of the target's tokens, and whether they are the likeliest, from the logits."""
+    batch = processor.training_batch([{"prompt": line["messages"][0]["content"], "answer": target,
+                                       "images": visual(line)}])  # fmt: skip
+    labels = batch.pop("labels")[0]
+    places = (labels != -100).nonzero()[:-1, 0]  # without the end token
+    with torch.no_grad():
+        logits = model(**batch)[0].double().log_softmax(-1)[places - 1]
+    return logits.gather(1, labels[places, None])[:, 0].tolist(), bool((logits.argmax(-1) == labels[places]).all())
+
+
 def test_the_bridge_gives_the_log_probability_of_targets(bridge: Any, model: Any, processor: Processor) -> None:
     requests = [
         Request(LINES[i]["messages"][0]["content"], lambda document: "red circle", visual, i, "shapes", "test")
         for i in range(3)
     ]
-    found = bridge.loglikelihood(requests)
-    for (log_probability, is_greedy), line in zip(found, LINES[:3], strict=True):
-        row = {"prompt": line["messages"][0]["content"], "answer": "red circle", "images": visual(line)}
-        batch = processor.training_batch([row])
-        labels = batch.pop("labels")[0]
-        places = (labels != -100).nonzero()[:-1, 0]  # without the end token
-        with torch.no_grad():
-            logits = model(**batch)[0].double().log_softmax(-1)[places - 1]
-        assert log_probability == pytest.approx(float(logits.gather(1, labels[places, None]).sum()), abs=1e-4)
-        assert is_greedy == bool((logits.argmax(-1) == labels[places]).all())
+    for result, line in zip(bridge.loglikelihood(requests), LINES[:3], strict=True):
+        values, greedy = target_values(model, processor, line, "red circle")
+        assert result.text == (pytest.approx(sum(values), abs=1e-4), greedy)
+
+
+def test_the_likeliest_choice_has_the_least_number_as_lmms_eval_takes_it(
+    bridge: Any, model: Any, processor: Processor
+) -> None:
+    # api/task.py of 0.7.3, multiple_choice: pred = np.argmin(lls); the target is "{target_delimiter}{choice}"
+    choices = ("red circle", "a blue square", LINES[0]["messages"][1]["content"])
+    asked = LINES[0]["messages"][0]["content"]
+    requests = [Request(asked, f" {choice}", visual, 0, "shapes", "test") for choice in choices]
+    found = [result.text[0] for result in bridge.loglikelihood(requests)]
+    rows = [target_values(model, processor, LINES[0], choice)[0] for choice in choices]
+    means = [sum(row) / len(row) for row in rows]
+    assert found == pytest.approx([-mean for mean in means], abs=1e-4)
+    assert found.index(min(found)) == means.index(max(means))
+
+
+def test_pairs_come_plain_where_lmms_eval_has_no_type_for_them(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["lmms_eval.api.instance"], "GenerationResult")
+    (result,) = bridge.loglikelihood([Request("What?", " red", None, 0, "shapes", "test")])
+    assert isinstance(result, tuple) and result[0] > 0 and isinstance(result[1], bool)
+
+
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("mixformer.from_pretrained", lambda *values: asked.append(values))
+    monkeypatch.setattr("mixformer.load_processor", lambda folder: None)
+    for device, rank, expected in (("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert lmms.model_class()(pretrained="x", device=device).device == expected == asked[-1][2]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert lmms.model_class()(pretrained="x", device="cuda").device == "cuda:0"
+
+
+def test_the_real_evaluator_takes_what_the_bridge_gives(model: Any, processor: Processor, tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval.api.model", exc_type=ImportError)
+    from lmms_eval.api.instance import Instance, unwrap_generation_output
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    lmms.model_class.cache_clear()
+    save_pretrained(model, tmp_path / "saved", processor=processor)
+    registry = ModelRegistryV2()
+    registry.register_manifest(lmms.model_manifest())
+    made = registry.get_model_class("mixformer").create_from_arg_string(f"pretrained={tmp_path / 'saved'}")
+    made.task_dict = {"shapes": {"test": LINES}}
+    about = {"metadata": {"task": "shapes", "doc_id": 0, "repeats": 1}, "idx": 0}
+    options = {"max_new_tokens": 3, "until": ["\n"]}
+    asked = Instance("generate_until", ("What?", options, visual, 0, "shapes", "test"), **about)
+    chosen = Instance("loglikelihood", ("What?", " red", visual, 0, "shapes", "test"), **about)
+    (answer,) = made.generate_until([asked])
+    assert unwrap_generation_output(answer) == (answer, None)
+    (number, greedy), _ = unwrap_generation_output(made.loglikelihood([chosen])[0])
+    assert number > 0 and isinstance(greedy, bool)
+    made.clean()
+    lmms.model_class.cache_clear()
 
 
 def test_the_bridge_refuses_beams_rounds_and_what_is_no_picture(bridge: Any) -> None:
@@ -551,7 +615,9 @@ def test_the_bridge_refuses_beams_rounds_and_what_is_no_picture(bridge: Any) -> 
         bridge.generate_until_multi_round([])
 
 
-def test_without_lmms_eval_the_error_names_the_extra() -> None:
+def test_without_lmms_eval_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lmms_eval", "lmms_eval.api.model", "lmms_eval.models.registry_v2"):
+        monkeypatch.setitem(sys.modules, name, None)
     lmms.model_class.cache_clear()
     with pytest.raises(ImportError, match=r"pip install mixformer\[lmms-eval\]"):
         _ = lmms.Mixformer

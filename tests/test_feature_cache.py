@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -136,6 +138,46 @@ def test_a_write_that_fails_leaves_the_old_entry_and_nothing_else(
     found = cache.get(KEYS[0])
     assert found is not None and not found.any()
     assert len(list(tmp_path.glob("*/*"))) == 1
+
+
+def test_a_full_disk_leaves_training_going_and_is_said_once(
+    tmp_path: Path, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    tower = frozen(make("cogvlm")).get_mixin("image").tower
+    images = torch.randn(3, 3, 28, 28)
+    cached = CachedTower(tower, FeatureCache(tmp_path / "kept"))
+    expected = torch.cat([tower(images=image[None]) for image in images])
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file may grow beyond 100 bytes
+    try:
+        found = [cached(images) for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert all(torch.equal(features, expected) for features in found)
+    assert (cached.cache.misses, cached.cache.unwritten) == (6, 6)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    (message,) = caplog.messages
+    assert message.startswith(f"Features cannot be kept in {tmp_path / 'kept'} (File too large)")
+    assert torch.equal(cached(images), expected) and torch.equal(cached(images), expected)  # there is room again
+    assert (cached.cache.hits, len(files(tmp_path / "kept"))) == (3, 3)
+
+
+def test_a_folder_that_cannot_be_used_leaves_training_going(tmp_path: Path, make: Make) -> None:
+    tower, images = frozen(make("cogvlm")).get_mixin("image").tower, torch.randn(1, 3, 28, 28)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    cached = CachedTower(tower, FeatureCache(tmp_path / "file"))
+    assert torch.equal(cached(images), tower(images=images)) and cached.cache.unwritten == 1
+
+
+def test_entries_can_be_read_by_those_who_may_read_the_folder(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        cache = FeatureCache(tmp_path)
+        cache.put(KEYS[0], torch.zeros(1, 1, 1))
+    finally:
+        os.umask(before)
+    assert cache.path(KEYS[0]).stat().st_mode & 0o777 == 0o644
 
 
 BOUND = 60_000

@@ -472,6 +472,41 @@ def test_samples_that_are_too_long_are_an_error_or_counted() -> None:
     assert sum(found.values()) == sum(length for length in lengths if length <= 8)
 
 
+class Named(Numbers):
+    """The same with names."""
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        done = 0
+        for batch in super().batches():
+            rows = range(done + 1, done + 1 + len(batch["input_ids"]))
+            done = rows[-1]
+            yield {**batch, "_samples": [f"file:{number}" for number in rows]}
+
+
+def test_samples_that_are_too_long_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = [int(n) for batch in Numbers(most=20, end=9).batches() for n in batch["attention_mask"].sum(1)]
+    long = {f"file:{number}": length for number, length in enumerate(lengths, start=1) if length > 8}
+    with pytest.raises(ValueError, match=r"file:\d+ has \d+ tokens and a packed row 8") as caught:
+        list(PackedTask(Named(most=20, end=9), length=8).batches())
+    name, _, tokens_found, *_ = str(caught.value).split()
+    assert long[name] == int(tokens_found)
+    list(PackedTask(Named(most=20, end=9), length=8, buffer=7, too_long="skip").batches())
+    assert long and caplog.messages == [
+        f"skipped unusable sample {name} ({number} so far): it has {length} tokens, and a packed row 8."
+        for number, (name, length) in enumerate(long.items(), start=1)
+    ]
+
+
+def test_data_of_which_nothing_fits_stops_the_run() -> None:
+    class Endless(Task):
+        def batches(self) -> Iterator[dict[str, Any]]:
+            while True:
+                yield {"input_ids": torch.ones(1, 9, dtype=torch.int64), "_samples": ["file:1"]}
+
+    with pytest.raises(ValueError, match="No sample fits into a packed row of 8"):
+        next(PackedTask(Endless(), length=8, too_long="skip").batches())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"length": 0}, "length is 0"), ({"length": 4, "buffer": 0}, "buffer is 0"), ({"too_long": "cut"}, "'cut'")],
@@ -507,3 +542,32 @@ def test_the_model_sees_positions_from_zero_and_a_block_of_mask_for_each_documen
     documents = batch["document_ids"][0]
     expected = torch.tril(torch.ones(8, 8)).bool() & F.one_hot(documents).matmul(F.one_hot(documents).T).bool()
     assert torch.equal(mask.allowed(slots, slots)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama in a window", "gpt2", "cogvlm2", "both directions"])
+@pytest.mark.parametrize("hole", [False, True])
+def test_attention_document_by_document_is_the_masked_one_and_runs_where_masks_are_causal(
+    kind: str, hole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, causal = made(kind), []
+    samples = make_samples(model)
+    batch = inputs(pack(samples, room(samples)))
+    if hole:
+        batch["attention_mask"][0, 1] = 0  # a token of a document that nobody may see
+    attention = F.scaled_dot_product_attention
+
+    def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        causal.append(kwargs["is_causal"])
+        return attention(*args, **kwargs)
+
+    with torch.no_grad():
+        monkeypatch.setattr("mixformer.transformer.F.scaled_dot_product_attention", seen)
+        found = model(**batch)
+        number = sum(causal)
+        model.get_mixin("documents").attends = False
+        expected = model(**batch)
+    documents = sum(len(row.unique_consecutive()) for row in batch["document_ids"])  # padding behind them is one more
+    apart = kind in ("llama", "gpt2", "cogvlm2") and not hole
+    assert number == apart * documents * model.config.num_layers
+    real = batch["document_ids"] > 0
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-6)

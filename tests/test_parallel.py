@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mixformer import BaseModel, from_pretrained, save_pretrained
@@ -20,7 +21,6 @@ from mixformer.testing import collate, jitter, sample_row, tiny_model
 from mixformer.train.engine import Engine
 from mixformer.train.parallel import engine_of, load_folder, save_folder
 
-ROOT = Path(__file__).parents[1]
 WORLD_SIZE = 2
 CLIP = 0.05  # smaller than any norm here
 PICTURES = [  # of each batch: steps, then processes, then accumulation
@@ -121,10 +121,15 @@ def save_and_load(engine: Any, folder: Path, name: str) -> dict[str, Any]:
     optimizer = make_optimizer(again)
     extra = engine.load_state(folder / name, again, optimizer)
     resumed = take_steps(engine, again, optimizer, steps[2:])
-    other = engine.prepare(small_model())
-    optimizer = make_optimizer(other)
-    engine.load_state(folder / "from-one", other, optimizer)
-    return {"extra": extra, "resumed": resumed, "from_one": take_steps(engine, other, optimizer, steps[2:])}
+    found = {"extra": extra, "resumed": resumed}
+    for kind in ("from-one", "from-one.pt"):
+        other = engine.prepare(small_model())
+        optimizer = make_optimizer(other)
+        averages = {name: torch.zeros_like(p.detach()) for name, p in other.named_parameters() if p.requires_grad}
+        assert engine.load_state(folder / kind, other, optimizer, averages) == {"step": 2}
+        whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in averages.items()}
+        found[kind] = {"losses": take_steps(engine, other, optimizer, steps[2:]), "averages": whole}
+    return found
 
 
 def watch_shards(engine: Any) -> dict[str, Any]:
@@ -156,12 +161,7 @@ def dtype_message(engine: Any) -> str:
     return ""
 
 
-def process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
+def process(folder: Path) -> None:
     found: dict[str, Any] = {}
     engines: dict[str, Any] = {"ddp": engine_of("auto", minutes=2), "fsdp": engine_of("fsdp", minutes=2)}
     found["kinds"] = [type(engine).__name__ for engine in engines.values()]
@@ -173,27 +173,27 @@ def process(rank: int, port: int, folder: Path) -> None:
         found[f"{name}-state"] = save_and_load(engines[name], folder, f"{name}-state")
     found["shards"] = watch_shards(engines["fsdp"])
     found["dtypes"] = dtype_message(engines["fsdp"])
-    torch.save(found, folder / f"found.{rank}.pt")
+    torch.save(found, folder / f"found.{engines['ddp'].rank}.pt")
     for engine in engines.values():
         engine.close()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left; they end with exit code 0, or `spawn` raises."""
+    """What two processes left, which ended with exit code 0."""
     folder = tmp_path_factory.mktemp("parallel")
     model = small_model()
     optimizer = make_optimizer(model)
     take_steps(Engine(), model, optimizer, global_batches(model)[:2])
-    save_folder(folder / "from-one", model, optimizer, {"step": 2})
-    mp.spawn(process, args=(free_port(), folder), nprocs=WORLD_SIZE)
+    save_folder(folder / "from-one", model, optimizer, {"step": 2}, averages_of(model))
+    Engine().save_state(folder / "from-one.pt", model, optimizer, {"step": 2}, averages_of(model))
+    forks.shared().run("test_parallel.process", folder, world_size=WORLD_SIZE)
     return folder
+
+
+def averages_of(model: BaseModel) -> dict[str, torch.Tensor]:
+    """Something that is laid out as the trained weights, and is not them."""
+    return {name: 2 * p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +237,14 @@ def test_a_state_of_two_processes_is_resumed_by_two_and_by_one(
     torch.testing.assert_close(losses, alone[0][2:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["from-one", "from-one.pt"], ids=["folder", "file"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_state_of_one_process_is_resumed_by_two(name: str, found: Any, alone: Any) -> None:
+def test_a_state_of_one_process_is_resumed_by_two(name: str, kind: str, found: Any, alone: Any, folder: Path) -> None:
+    averages = torch.load(folder / "from-one.pt", weights_only=True)["averages"]
     for process in found:
-        torch.testing.assert_close(process[f"{name}-state"]["from_one"], alone[0][2:], atol=1e-6, rtol=0)
+        resumed = process[f"{name}-state"][kind]
+        torch.testing.assert_close(resumed["losses"], alone[0][2:], atol=1e-6, rtol=0)
+        torch.testing.assert_close(resumed["averages"], averages, atol=0, rtol=0)
 
 
 def test_a_state_that_is_written_again_is_replaced(folder: Path) -> None:
@@ -268,34 +272,94 @@ def test_auto_takes_ddp_for_small_models(found: Any) -> None:
     assert found[0]["kinds"] == ["Replicated", "Sharded"]
 
 
-ABRUPT = """
-import torch
-from mixformer.testing import sample_row, tiny_model
-from mixformer.train.parallel import engine_of
-torch.set_num_threads(1)
-engine = engine_of("fsdp", minutes=3)
-model = engine.prepare(tiny_model("cogvlm"))
-loss = lambda model, batch: {"loss": model.run(**batch).logits.square().mean()}
-for step in range(3):
+class Slow(torch.Tensor):
+    """Whoever lets go of it last takes its time, holding on to the interpreter's end."""
+
+    def __del__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1)
+            print("let go")
+
+
+def end_abruptly(folder: Path, kind: str, slowly: bool) -> None:
+    """Exchange something last, and close nothing."""
+    engine = engine_of(kind, minutes=3)
+    model = engine.prepare(small_model())
+    batch = global_batches(model)[0][engine.rank][0]
     with engine.accumulating(model, last=True):
-        engine.losses(model, loss, sample_row(model, 1))["loss"].backward()
-"""
+        engine.losses(model, objective, batch)["language"].backward()
+    if slowly:
+        time.sleep(0.3 * engine.rank)  # the thread of the first has begun and waits when nobody else has the tensor
+        dist.all_reduce(torch.ones(3).as_subclass(Slow), async_op=True)
+        time.sleep(0.5)
+    engine.losses(model, objective, batch)["language"].backward()
+    globals()["kept"] = model, engine
 
 
-def test_processes_end_with_code_0_though_the_last_exchange_was_just_made_and_nothing_is_closed() -> None:
-    trials = []
-    for _ in range(2):
-        port = str(free_port())
-        for rank in range(WORLD_SIZE):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-            trials.append(subprocess.Popen([sys.executable, "-c", ABRUPT], cwd=ROOT, env=environment))
-    try:
-        assert [trial.wait(timeout=180) for trial in trials] == [0] * len(trials)
-    finally:
-        for trial in trials:
-            trial.kill()
-            trial.wait()
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_end_with_code_0_when_nothing_is_closed_after_the_last_exchange(kind: str, tmp_path: Path) -> None:
+    running = forks.shared()
+    groups = [running.start("test_parallel.end_abruptly", tmp_path / str(n), kind, False) for n in range(3)]
+    assert [group.wait() for group in groups] == [[0, 0]] * len(groups)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_interpreter_waits_for_threads_that_let_go_of_tensors(kind: str, tmp_path: Path) -> None:
+    group = forks.shared().start("test_parallel.end_abruptly", tmp_path, kind, True)
+    assert group.wait() == [0, 0]
+    assert "let go" in group.output(0) + group.output(1)
+
+
+def end_with_an_error(folder: Path, kind: str) -> None:
+    """The second process meets an error in the middle of a step."""
+    engine = engine_of(kind, minutes=3)
+    model = engine.prepare(small_model())
+    for number, batch in enumerate(global_batches(model)[0][engine.rank]):
+        if (engine.rank, number) == (1, 1):
+            raise ValueError("no such row")
+        with engine.accumulating(model, last=number == 1):
+            engine.losses(model, objective, batch)["language"].backward()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_error_of_one_process_ends_the_others(kind: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    group = forks.shared().start("test_parallel.end_with_an_error", tmp_path, kind)
+    assert group.wait() == [1, 1] and time.monotonic() - start < 60
+    assert "ValueError: no such row" in group.output(1)
+
+
+def close_and_count(folder: Path, kind: str, replicas: int) -> None:
+    """Train, close, and count the threads that are left of the group."""
+    engine = engine_of(kind, None, replicas, minutes=3)
+    models = [engine.prepare(small_model()) for _ in range(2)]
+    engine.losses(models[1], objective, global_batches(models[1])[0][engine.rank][0])["language"].backward()
+    assert count_threads() > 0
+    engine.close()
+    assert count_threads() == 0
+    assert not any(group for group in (dist.group.WORLD,))
+
+
+def count_threads() -> int:
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("kind", "replicas"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
+def test_closing_joins_the_threads_of_the_group_though_models_live_on(
+    kind: str, replicas: int, tmp_path: Path
+) -> None:
+    forks.shared().run("test_parallel.close_and_count", tmp_path, kind, replicas)
+
+
+def test_fsdp_says_which_torch_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    with pytest.raises(ValueError, match=r"needs torch 2\.13 or later.*choose ddp"):
+        engine_of("fsdp")
+    assert not dist.is_initialized()
 
 
 def test_an_engine_that_does_not_fit_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

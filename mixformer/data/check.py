@@ -7,10 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from mixformer.data.processor import Processor, load_processor
 from mixformer.data.readers import FORMATS, Source, open_records
 from mixformer.data.records import Record, RecordError, mistakes, training_sample
 from mixformer.images import load_image
+
+_SLOW = 2.0  # seconds after which a progress bar is shown
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,17 @@ def _problems(
         except ValueError as error:
             yield Problem(source.file if isinstance(source, Source) else str(source), 0, str(error))
             continue
-        for index in range(len(records)):
-            try:
-                record = records[index]
-            except RecordError as error:
-                yield _problem(error)
-                continue
-            reasons = [*mistakes(record.content), *_picture_problems(record)]
-            if not reasons and processor is not None and {"messages", "text"} & set(record.content):
-                reasons = _row_problems(record, processor, max_length, supervise)
-            yield from (Problem(record.file, record.line, reason) for reason in reasons)
+        for file in records.files():
+            for index in tqdm(range(len(file)), desc=file.name, delay=_SLOW, leave=False):
+                try:
+                    record = file[index]
+                except RecordError as error:
+                    yield _problem(error)
+                    continue
+                reasons = [*mistakes(record.content), *_picture_problems(record)]
+                if not reasons and processor is not None and {"messages", "text"} & set(record.content):
+                    reasons = _row_problems(record, processor, max_length, supervise)
+                yield from (Problem(record.file, record.line, reason) for reason in reasons)
 
 
 def _problem(error: RecordError) -> Problem:
@@ -83,7 +88,7 @@ def _picture_problems(record: Record) -> list[str]:
     for number, image in enumerate(record.images):
         try:
             load_image(image)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found.append(f"picture {number} cannot be read: {error}")
     return found
 
@@ -134,7 +139,7 @@ def check_command(options: argparse.Namespace) -> None:
     files, processor = given_sources(options)
     count = 0
     for problem in _problems(files, processor, options.max_length, options.supervise):
-        print(problem, flush=True)
+        tqdm.write(str(problem))
         count += 1
     print(f"{count} problem(s)" if count else "no problems")
     if count:

@@ -2,7 +2,8 @@
 
 An entry is named by the SHA-256 of all that it follows from: the pixels as preprocessed (so the picture and how it was
 brought to size), the tower's composition and weights, and what it ran on. Files are written beside their place and
-moved there, and carry a checksum: any number of processes may use one folder without waiting for each other.
+moved there, and carry a checksum: any number of processes may use one folder without waiting for each other. What
+cannot be read is computed, and what cannot be written, say because the disk is full, is computed each time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import dataclasses
 import hashlib
 import logging
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ class FeatureCache:
         hits, misses: how often an entry was there and was not.
         damaged: entries that were not what was written; each is also a miss, and is written anew.
         evicted: entries that had to go.
+        unwritten: entries that a tower computed and that could not be written.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | str = "10GB") -> None:
         self.folder, self.max_bytes = Path(folder), parse_size(max_bytes)
-        self.hits = self.misses = self.damaged = self.evicted = 0
+        self.hits = self.misses = self.damaged = self.evicted = self.unwritten = 0
         self._unmeasured: int | None = None
 
     def path(self, key: str) -> Path:
@@ -66,6 +68,10 @@ class FeatureCache:
         except FileNotFoundError:
             self.misses += 1
             return None
+        except OSError as error:
+            self.misses += 1
+            log.warning("%s cannot be read (%s): its features are computed again.", self.path(key), error.strerror)
+            return None
         if hashlib.sha256(data[_DIGEST_SIZE:]).digest() == data[:_DIGEST_SIZE]:
             self.hits += 1
             return load(data[_DIGEST_SIZE:])["features"]
@@ -75,19 +81,23 @@ class FeatureCache:
         return None
 
     def put(self, key: str, features: torch.Tensor) -> None:
-        """Write an entry; where there is one already, it is replaced as a whole."""
+        """Write an entry; where there is one already, it is replaced as a whole.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
         from safetensors.torch import save
 
         data, path = save({"features": features.detach().cpu().contiguous()}), self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(suffix=_PARTIAL, dir=path.parent)
+        partial = path.with_name(f"{uuid.uuid4().hex}{_PARTIAL}")  # other users may read it, unlike a `tempfile`
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("xb") as file:
                 file.write(hashlib.sha256(data).digest())
                 file.write(data)
             os.replace(partial, path)
         except BaseException:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
         written = _DIGEST_SIZE + len(data) + (self._unmeasured or 0)
         if self._unmeasured is None or written * 64 >= self.max_bytes:
@@ -95,12 +105,24 @@ class FeatureCache:
             written = 0
         self._unmeasured = written
 
+    def try_to_put(self, key: str, features: torch.Tensor) -> None:
+        """Write an entry if it can be written; that the first one cannot is said in the log."""
+        try:
+            self.put(key, features)
+        except OSError as error:
+            self.unwritten += 1
+            if self.unwritten == 1:
+                log.warning(
+                    "Features cannot be kept in %s (%s). They are computed each time until they can.", self.folder,
+                    error.strerror or error,
+                )
+
     def _evict(self) -> None:
         entries, total = [], 0
         for path in self.folder.glob(f"*/*{_SUFFIX}"):
             try:
                 found = path.stat()
-            except FileNotFoundError:  # another process was faster
+            except OSError:  # another process was faster
                 continue
             entries.append((found.st_mtime_ns, path, found.st_size))
             total += found.st_size
@@ -108,7 +130,7 @@ class FeatureCache:
             try:
                 if time.time() - path.stat().st_mtime > _ABANDONED:
                     path.unlink()
-            except FileNotFoundError:
+            except OSError:
                 continue
         for _, path, size in sorted(entries):
             if total <= self.max_bytes:
@@ -118,6 +140,8 @@ class FeatureCache:
                 self.evicted += 1
             except FileNotFoundError:
                 pass
+            except OSError:  # an entry of another user
+                continue
             total -= size
 
 
@@ -161,7 +185,7 @@ class CachedTower:
             features = self.cache.get(key)
             if features is None:
                 features = self._compute(picture)
-                self.cache.put(key, features)
+                self.cache.try_to_put(key, features)
             found.append(features.to(images.device))
         return torch.cat(found)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mixformer.data.skipped import Skipped, report
 from mixformer.mixins.documents import DocumentsMixin
 from mixformer.objectives import IGNORED_LABEL
 from mixformer.train.task import Task
@@ -176,7 +177,8 @@ class PackedTask(WrappedTask):
         length: of the rows.
         rows: of a batch.
         buffer: samples that are packed together; more of them leave less padding.
-        too_long: `error`, or `skip` for leaving samples out that are longer than a row; `skipped` counts them.
+        too_long: `error`, or `skip` for leaving samples out that are longer than a row; `skipped` counts them, and the
+            log names them.
 
     Raises:
         ValueError: a number below 1, or another word for `too_long`.
@@ -191,6 +193,7 @@ class PackedTask(WrappedTask):
         super().__init__(task)
         self.length, self.rows, self.buffer, self.too_long = length, rows, buffer, too_long
         self.skipped, self._rank, self._world_size, self._added = 0, 0, 1, False
+        self._fitted, self._lost = False, set[str]()
         self._start: dict[str, Any] = {"task": None, "taken": 0, "waiting": [], "skipped": 0}
         self._done = 0
 
@@ -232,7 +235,8 @@ class PackedTask(WrappedTask):
         """Yield packed batches as long as the task gives samples.
 
         Raises:
-            ValueError: a sample longer than a row, unless it is skipped; inputs that cannot be packed.
+            ValueError: a sample longer than a row, unless it is skipped; no sample that fits; inputs that cannot be
+                packed.
         """
         stream, begin = self._resumed(), self._done * self.rows
         share = self.rows // self._world_size
@@ -267,12 +271,26 @@ class PackedTask(WrappedTask):
         fitting = [sample for sample in samples if sample["input_ids"].shape[1] <= self.length]
         if len(fitting) < len(samples) and self.too_long == "error":
             longest = max(sample["input_ids"].shape[1] for sample in samples)
+            name = next((self._name(sample) for sample in samples if sample["input_ids"].shape[1] == longest), "")
             raise ValueError(
-                f"A sample has {longest} tokens and a packed row {self.length}: raise PackedTask.length, lower the "
+                f"{name} has {longest} tokens and a packed row {self.length}: raise PackedTask.length, lower the "
                 f"task's max_length, or set too_long: skip."
             )
-        self.skipped += len(samples) - len(fitting)
+        self._fitted = self._fitted or bool(fitting)
+        for sample in samples:
+            if sample["input_ids"].shape[1] > self.length:
+                if not self._fitted and NAMES in sample:
+                    if self._name(sample) in self._lost:
+                        raise ValueError(f"No sample fits into a packed row of {self.length}: raise PackedTask.length.")
+                    self._lost.add(self._name(sample))
+                self.skipped += 1
+                reason = f"it has {sample['input_ids'].shape[1]} tokens, and a packed row {self.length}."
+                report(Skipped(self._name(sample), "unusable", reason), self.skipped)
         return fitting
+
+    @staticmethod
+    def _name(sample: Batch) -> str:
+        return str(sample[NAMES][0]) if NAMES in sample else "A sample"
 
     def _resumed(self) -> Iterator[Any]:
         """The task's batches from where the samples of the next batch begin."""

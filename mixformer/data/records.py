@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixformer.data.grounding import Box
-from mixformer.data.processor import ProcessorConfig, TrainingSample
+from mixformer.data.processor import ProcessorConfig, TrainingSample, UnusableSampleError
 
 IMAGE_MARK = "<image>"
 """What marks the place of a picture in a message."""
@@ -33,6 +33,7 @@ CAPTION_QUESTION = "Describe this image."
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _MARKS = rf"(?:{IMAGE_MARK}\s*)+"
+_MARKED_ANSWER = f"message {{number}} is an answer with {IMAGE_MARK} in it; pictures stand in what the user says"
 _Kind = TypeVar("_Kind")
 
 
@@ -41,13 +42,18 @@ class RecordError(ValueError):
 
     Args:
         file: where it is.
-        line: its number, from 1.
+        line: its number, from 1; 0 for the file as a whole.
         reason: what is wrong, as the end of a sentence that begins with the place.
     """
 
     def __init__(self, file: str, line: int, reason: str) -> None:
-        super().__init__(f"{file}, line {line}{reason}")
+        super().__init__(f"{file}, line {line}{reason}" if line else f"{file}{reason}")
         self.file, self.line, self.reason = file, line, reason
+
+    @property
+    def where(self) -> str:
+        """Its name, `file:line`."""
+        return f"{self.file}:{self.line}" if self.line else self.file
 
     def __reduce__(self) -> Any:
         return type(self), (self.file, self.line, self.reason)
@@ -132,10 +138,15 @@ def canonical(content: Mapping[str, Any], question: str = CAPTION_QUESTION) -> d
         question: what is asked where there are `captions` only.
 
     Raises:
-        ValueError: turns without speaker or text, unknown speakers, several captions.
+        ValueError: turns without speaker or text, unknown speakers, several captions, a field under two names.
     """
     fields = dict(content)
-    if "image" in fields and "images" not in fields:
+    for names in (("messages", "conversations"), ("images", "image")):
+        if all(name in fields for name in names):
+            if all(fields[name] is not None for name in names):
+                raise ValueError(f"it has '{names[0]}' and '{names[1]}', which say the same: keep one of them.")
+            fields.pop(next(name for name in names if fields[name] is None))
+    if "image" in fields:
         image = fields.pop("image")
         fields["images"] = image if isinstance(image, list) else [] if image is None else [image]
     if "messages" in fields:
@@ -207,12 +218,22 @@ def training_sample(record: Record, config: ProcessorConfig, supervise: str = "l
         supervise: see `TrainingSample`.
 
     Raises:
-        ValueError: neither of them.
+        ValueError: neither of them, or an answer with a picture in it.
+        UnusableSampleError: an answer to learn that is empty.
     """
     if "messages" not in record.content and "text" in record.content:
         return TrainingSample("", record.get("text", str), record.images)
     slot = config.spelling.image_slot if config.place == "slot" else None
-    messages = place_images(record.get("messages", list), slot)
+    said = record.get("messages", list)
+    for number, message in enumerate(said):
+        text = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(text, str) or message.get("role") != "assistant":
+            continue
+        if not text.strip() and (supervise == "all" or number == len(said) - 1):
+            raise UnusableSampleError(f"{record.place}: message {number} is an empty answer: nothing to learn.")
+        if IMAGE_MARK in text:
+            raise ValueError(f"{record.place}: {_MARKED_ANSWER.format(number=number)}.")
+    messages = place_images(said, slot)
     return TrainingSample(messages, images=record.images, supervise=supervise)
 
 
@@ -249,6 +270,8 @@ def _mistakes_in_messages(messages: Any, num_images: int) -> list[str]:
             found.append(f"message {number} is the {role}'s; messages alternate, the user's first")
         if role == "assistant" and not text.strip():
             found.append(f"message {number} is an empty answer: nothing to learn")
+        if role == "assistant" and IMAGE_MARK in text:
+            found.append(_MARKED_ANSWER.format(number=number))
         before = role
     if not found and messages[-1]["role"] != "assistant":
         found.append("the last message is the user's: nothing to learn")

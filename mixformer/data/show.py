@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from mixformer.data.check import add_source_arguments, given_sources
 from mixformer.data.grounding import Box, draw_boxes, parse_boxes
 from mixformer.data.processor import Processor
-from mixformer.data.readers import JoinedRecords, Source, open_records
+from mixformer.data.readers import Source, open_records
 from mixformer.data.records import Record, object_box, training_sample
 from mixformer.objectives import IGNORED_LABEL
 
@@ -36,15 +36,15 @@ def show(
     Yields:
         for each sample its name, its text with what is learnt between ``⟦`` and ``⟧``, and its pictures.
     """
-    records = JoinedRecords([open_records(file) for file in files])
-    for index in range(first, min(first + number, len(records))):
+    samples = ((part, place) for file in files for part in open_records(file).files() for place in range(len(part)))
+    for index, (part, place) in islice(enumerate(samples), first, first + number):
         try:
-            record = records[index]
+            record = part[place]
             text = marked_text(record, supervise) if processor is None else marked_tokens(
                 record, processor, max_length, supervise
             )
             saved = [] if output is None else save_pictures(record, Path(output), index)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield f"sample {index} cannot be used: {error}"
             continue
         yield f"{record.where}\n{text}"

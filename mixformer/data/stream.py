@@ -2,7 +2,8 @@
 
 The order follows from the seed and the position alone. Batch k holds the same samples whatever the number of processes
 and workers; a process makes the rows of it that are its own. All draws of a sample follow from the seed, the round and
-the sample, so they do not depend on who makes it either.
+the sample, so they do not depend on who makes it either. `mixformer.data.remote` says what of this holds for sources
+that have to be fetched.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mixformer.data.order import Deck, Order, Place
 from mixformer.data.processor import UnusableSampleError
+from mixformer.data.readers import ChangedFileError
 from mixformer.data.records import Record, RecordError
+from mixformer.data.remote import RemoteRecords
+from mixformer.data.skipped import Skipped, report
 from mixformer.objectives import IGNORED_LABEL
+
+__all__ = ["CHOICES", "Batch", "Deck", "MakeBatch", "Order", "Place", "Reading", "Stream"]
 
 Batch = dict[str, Any]
 MakeBatch = Callable[[list[Record], list[random.Random]], Batch]
@@ -57,137 +63,6 @@ class Reading:
                 raise ValueError(f"Reading.{name} is {getattr(self, name)!r}; choose {' or '.join(CHOICES)}.")
 
 
-class Place(NamedTuple):
-    """A sample in the order: the number of its source, the round, and its number in the source."""
-
-    source: int
-    round: int
-    number: int
-
-
-class Deck:
-    """The numbers below `size` without end, each once a round, shuffled anew in every round.
-
-    Args:
-        size: how many.
-        seed: of the order.
-        shuffle: False for the plain order.
-    """
-
-    def __init__(self, size: int, seed: Sequence[int], shuffle: bool = True) -> None:
-        self.size, self.seed, self.shuffle = size, list(seed), shuffle
-        self.round, self.position = 0, 0
-        self._late: list[int] = []
-        self._order = self._shuffled()
-
-    def _shuffled(self) -> Any:
-        if not self.shuffle:
-            return range(self.size)
-        return np.random.default_rng([*self.seed, self.round]).permutation(self.size)
-
-    def draw(self, held: set[int]) -> tuple[int, int]:
-        """The next round and number; those in `held` come as late in the round as can be."""
-        while self.position < self.size:
-            index = int(self._order[self.position])
-            self.position += 1
-            if index not in held:
-                return self.round, index
-            self._late.append(index)
-        if self._late:
-            return self.round, self._late.pop(0)
-        self.round, self.position = self.round + 1, 0
-        self._order = self._shuffled()
-        return self.draw(held)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next draw goes on."""
-        return {"round": self.round, "position": self.position, "late": list(self._late), "size": self.size}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
-
-        Raises:
-            ValueError: the state of another number of samples.
-        """
-        if state["size"] != self.size:
-            raise ValueError(
-                f"The data has {self.size} samples, but {state['size']} when the state was saved: resume with the same "
-                f"files, or start anew."
-            )
-        self.round, self.position, self._late = state["round"], state["position"], list(state["late"])
-        self._order = self._shuffled()
-
-
-class Order:
-    """Places of samples, batch after batch.
-
-    Args:
-        sizes: samples of each source.
-        weights: how often the sources come; None for all samples of all sources once a round.
-        batch_size: of a batch of all processes together.
-        seed: of the order.
-        shuffle: False for that of the files.
-    """
-
-    def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float] | None, batch_size: int, seed: int, shuffle: bool = True
-    ) -> None:
-        self.batch_size, self.weights, self._ends = batch_size, weights, np.cumsum(sizes)
-        amounts = sizes if weights is not None else [sum(sizes)]
-        self.decks = [Deck(size, [seed % 2**32, number], shuffle) for number, size in enumerate(amounts)]
-        self.drawn = [0] * len(self.decks)
-
-    def next(self) -> list[Place]:
-        """The places of the next batch; none twice unless there are fewer samples than it takes."""
-        places: list[Place] = []
-        held: list[set[int]] = [set() for _ in self.decks]
-        for _ in range(self.batch_size):
-            number = self._deck()
-            self.drawn[number] += 1
-            turn, index = self.decks[number].draw(held[number])
-            held[number].add(index)
-            places.append(self._place(number, turn, index))
-        return places
-
-    def _deck(self) -> int:
-        """The source that is furthest behind its share."""
-        if self.weights is None:
-            return 0
-        done = sum(self.drawn) + 1
-        behind = [w * done - n * sum(self.weights) for w, n in zip(self.weights, self.drawn, strict=True)]
-        return behind.index(max(behind))
-
-    def _place(self, number: int, turn: int, index: int) -> Place:
-        if self.weights is not None:
-            return Place(number, turn, index)
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        return Place(source, turn, index - int(self._ends[source - 1]) if source else index)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch goes on."""
-        return {"drawn": list(self.drawn), "decks": [deck.state_dict() for deck in self.decks]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
-
-        Raises:
-            ValueError: the state of other sources.
-        """
-        if len(state["decks"]) != len(self.decks):
-            raise ValueError(f"The data has {len(self.decks)} weighted sources, but {len(state['decks'])} when saved.")
-        self.drawn = list(state["drawn"])
-        for deck, saved in zip(self.decks, state["decks"], strict=True):
-            deck.load_state_dict(saved)
-
-
-class Skipped(NamedTuple):
-    """A sample that was left out."""
-
-    where: str
-    kind: str
-    reason: str
-
-
 class Stream:
     """Batches of samples without end.
 
@@ -214,7 +89,10 @@ class Stream:
         self.sources, self.make, self.seed = list(sources), make, seed
         self.reading = Reading() if reading is None else reading
         self.rank, self.world_size = 0, 1
-        self.order = Order([len(source) for source in sources], weights, batch_size, seed, self.reading.shuffle)
+        self.remote = [source for source in self.sources if isinstance(source, RemoteRecords)]
+        sizes = [source if isinstance(source, RemoteRecords) else len(source) for source in self.sources]
+        self.order = Order(sizes, weights, batch_size, seed, self.reading.shuffle)
+        self._strict()
         self.skipped = Counter[str]()
         self._cursor = self.order.state_dict()
 
@@ -230,17 +108,37 @@ class Stream:
                 f"raise it to {world_size} or more."
             )
         self.rank, self.world_size = rank, world_size
+        self._strict()
+
+    def _strict(self) -> None:
+        for source in self.remote:
+            source.strict = self.world_size > 1 or self.reading.broken == "error"
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the batch that comes next, however many were made ahead of time; the same in all processes."""
-        return {"order": self._cursor}
+        return {"order": self._cursor, "sources": [_described(source) for source in self.sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Go on from there. Files of the same number of samples and another size are taken, with a warning.
 
         Raises:
             ValueError: the state of other data.
         """
+        now = [_described(source) for source in self.sources]
+        saved = state.get("sources", now)
+        if len(saved) != len(now):
+            raise ValueError(f"The data has {len(now)} sources, but {len(saved)} when the state was saved.")
+        for one, before in zip(now, saved, strict=True):
+            if one["samples"] != before["samples"]:
+                raise ValueError(
+                    f"{one['name']} has {one['samples']} samples, but {before['samples']} when the state was saved: "
+                    f"resume with the same files, or start anew."
+                )
+            if one["bytes"] != before["bytes"]:
+                log.warning(
+                    "%s has %s bytes, but %s when the state was saved. It has as many samples as before, so that the "
+                    "run goes on in the same order.", one["name"], one["bytes"], before["bytes"],
+                )
         self.order.load_state_dict(state["order"])
         self._cursor = self.order.state_dict()
 
@@ -249,15 +147,20 @@ class Stream:
         empty = 0
         for batch, skipped, cursor in self._made():
             self._cursor = cursor
+            self.order.release(cursor)
             for sample in skipped:
                 self.skipped[sample.kind] += 1
-                number = sum(self.skipped.values())
-                log.warning("skipped %s sample %s (%d so far): %s", sample.kind, sample.where, number, sample.reason)
+                report(sample, sum(self.skipped.values()))
             empty = empty + 1 if batch is None else 0
             if batch is not None:
                 yield batch
-            elif empty * self.order.batch_size >= sum(map(len, self.sources)):
+            elif (size := self._size()) is not None and empty * self.order.batch_size >= size:
                 raise ValueError("No sample of the data can be used: see the log, or `mixformer data check FILE`.")
+
+    def _size(self) -> int | None:
+        """How many samples there are, as soon as it is known."""
+        sizes = [source.known_size if isinstance(source, RemoteRecords) else len(source) for source in self.sources]
+        return None if None in sizes else sum(filter(None, sizes))
 
     def _made(self) -> Iterator[tuple[Batch | None, list[Skipped], dict[str, Any]]]:
         if self.reading.num_workers == 0:
@@ -291,13 +194,15 @@ class Stream:
     def _batch(self, places: list[Place]) -> tuple[Batch | None, list[Skipped]]:
         try:
             return self._make(places), []
-        except ValueError as error:
+        except ChangedFileError:
+            raise
+        except (ValueError, OSError) as error:
             together = error
         good, skipped = [], []
         for place in places:  # look for the sample that it was
             try:
                 self._make([place])
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 where, reason = self._named(place, error)
                 unusable = isinstance(error, UnusableSampleError)
                 if (self.reading.unusable if unusable else self.reading.broken) == "error":
@@ -313,22 +218,29 @@ class Stream:
         records = [self.sources[place.source][place.number] for place in places]
         return self.make(records, [random.Random(f"{self.seed} {place}") for place in places])
 
-    def _named(self, place: Place, error: ValueError) -> tuple[str, str]:
+    def _named(self, place: Place, error: ValueError | OSError) -> tuple[str, str]:
         """The name of a sample that cannot be used, and the message with its place in it."""
         if isinstance(error, RecordError):
-            return f"{error.file}:{error.line}", str(error)
-        record = self.sources[place.source][place.number]
+            return error.where, str(error)
+        try:
+            record = self.sources[place.source][place.number]
+        except OSError:
+            where = f"sample {place.number} of {_described(self.sources[place.source])['name']}"
+            return where, f"{where}: {error}"
         return record.where, str(error) if record.place in str(error) else f"{record.place}: {error}"
 
     def _nothing_to_learn(self, places: list[Place], skipped: list[Skipped]) -> Batch:
         """A batch for a process whose own samples all were left out."""
         last = places[-1]
-        size = len(self.sources[last.source])
-        others = (Place(last.source, last.round, (last.number + step) % size) for step in range(size))
-        for place in [*places, *others]:
+        source = self.sources[last.source]
+        size = 0 if isinstance(source, RemoteRecords) else len(source)
+        others = source.beside(last.number) if isinstance(source, RemoteRecords) else (
+            (last.number + step) % size for step in range(size)
+        )
+        for place in [*places, *(Place(last.source, last.round, number) for number in others)]:
             try:
                 batch = self._make([place])
-            except ValueError:
+            except (ValueError, OSError):
                 continue
             learnt = [name for name in batch if name == "labels" or name.endswith("_labels")]
             if not learnt:
@@ -349,8 +261,15 @@ class _Requests(Dataset[Any]):
     def __getitem__(self, request: Any) -> Any:
         try:
             return self.stream.made(request)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             return error  # raised where it is taken, as itself
+
+
+def _described(source: Sequence[Record]) -> dict[str, Any]:
+    """What tells a source from another, as far as it is known before it is read."""
+    count = None if isinstance(source, RemoteRecords) else len(source)
+    name, size = getattr(source, "name", "The data"), getattr(source, "num_bytes", None)
+    return {"name": name, "samples": count, "bytes": size}
 
 
 def _unchanged(item: Any) -> Any:

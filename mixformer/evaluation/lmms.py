@@ -5,15 +5,18 @@
 
 lmms-eval finds `model_manifest` through the entry point `lmms_eval.models`, and `Mixformer` through it. The interface
 is that of its model guide for models of the kind `simple`: a subclass of `lmms_eval.api.model.lmms` whose requests
-carry in `args` (text, generation options, doc_to_visual, doc_id, task, split) for `generate_until` and (text,
-doc_to_target, doc_to_visual, doc_id, task, split) for `loglikelihood`; `task_dict[task][split][doc_id]` is the
-document, and `doc_to_visual(document)` its pictures. lmms-eval is imported only when `Mixformer` or the manifest
-is asked for.
+carry in `args` (text, generation options, doc_to_visual, doc_id, task, split) for `generate_until` and (text, target,
+doc_to_visual, doc_id, task, split) for `loglikelihood`; `task_dict[task][split][doc_id]` is the document, and
+`doc_to_visual(document)` its pictures. Where code and guide differ, this follows the code of version 0.7.3: a target is
+a text, with the delimiter before it, in tasks of several choices (`multiple_choice`), of which the one with the least
+loss counts (api/task.py), and a function of the document in others (`loglikelihood`). lmms-eval is imported only when
+`Mixformer` or the manifest is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -33,7 +36,7 @@ class Bridge:
     Args:
         pretrained: folder of a checkpoint.
         batch_size: questions at a time.
-        device: where the model runs.
+        device: where the model runs; `cuda` is the GPU of this process where several were launched on a machine.
         dtype: of its parameters; None for the checkpoint's.
         template: of the prompts; None for the processor's.
         seed: of draws, where a task asks for them.
@@ -54,7 +57,8 @@ class Bridge:
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a number, at least 1.")
         self.batch_size_per_gpu, self.template, self.seed = int(batch_size), template, int(seed)
-        self._model, self._processor = from_pretrained(pretrained, dtype, device), load_processor(pretrained)
+        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+        self._model, self._processor = from_pretrained(pretrained, dtype, self.device), load_processor(pretrained)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests.
@@ -80,24 +84,30 @@ class Bridge:
             found.update(answers(self._model, self._processor, questions, *plain))
         return [_until(found[index], request.args[1].get("until")) for index, request in enumerate(requests)]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """For each request the log-probability of its target, and whether it is what the likeliest tokens spell.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """For each request a number for its target, and whether it is what the likeliest tokens spell.
+
+        The number is the mean loss of the target's tokens where it is one of several choices, as lmms-eval's own models
+        have it (the least wins), and the log-probability of the target otherwise. The end token is no part of it.
 
         Raises:
             ValueError: what the model refuses.
         """
-        rows = []
+        rows, chosen = [], []
         for request in requests:
-            text, doc_to_target, doc_to_visual, doc_id, task, split = request.args
-            document = self.task_dict[task][split][doc_id]
-            target = doc_to_target(document) if callable(doc_to_target) else doc_to_target
+            text, target, doc_to_visual, doc_id, task, split = request.args
+            chosen.append(not callable(target))
+            said = target(self.task_dict[task][split][doc_id]) if callable(target) else target
             pictures = self._pictures(doc_to_visual, doc_id, task, split)
-            rows.append({"prompt": _plain(text), "answer": target, "images": pictures, "template": self.template})
+            rows.append({"prompt": _plain(text), "answer": said.strip(), "images": pictures, "template": self.template})
         found = []
         for start in range(0, len(rows), self.batch_size_per_gpu):
             found += likelihoods(self._model, self._processor, rows[start : start + self.batch_size_per_gpu])
-        # The end token is no part of the target.
-        return [(float(row.log_probabilities[:-1].sum()), bool(row.is_greedy[:-1].all())) for row in found]
+        results = []
+        for row, is_choice in zip(found, chosen, strict=True):
+            values = row.log_probabilities[:-1]
+            results.append((float(-values.mean() if is_choice else values.sum()), bool(row.is_greedy[:-1].all())))
+        return [_whole(result) for result in results]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refused: tasks of several rounds make their questions of answers.
@@ -133,6 +143,12 @@ def _until(answer: str, stops: str | Sequence[str] | None) -> str:
     for stop in [stops] if isinstance(stops, str) else stops or ():
         answer = answer.split(stop)[0] if stop else answer
     return answer.strip()
+
+
+def _whole(result: tuple[float, bool]) -> Any:
+    """A pair as it is taken: the evaluator of 0.7.3 makes text of pairs unless they come as a `GenerationResult`."""
+    kind = getattr(_imported("lmms_eval.api.instance"), "GenerationResult", None)
+    return result if kind is None else kind(text=result)
 
 
 @cache

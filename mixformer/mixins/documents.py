@@ -8,22 +8,24 @@ from typing import Any
 import torch
 
 from mixformer.context import Context
-from mixformer.documents import DocumentRows, check_document_ids, document_starts
+from mixformer.documents import DocumentRows, attend_apart, check_document_ids, document_lengths, document_starts
 from mixformer.hooks import wrap
-from mixformer.masks import Documents, Mask
+from mixformer.masks import Causal, Documents, LoweredMask, Mask
 from mixformer.mixin import BaseMixin
 from mixformer.mixins.cross_attention import CrossAttentionMixin
 from mixformer.mixins.image_tokens import ImageTokensMixin
 from mixformer.routes import items_by_row
 from mixformer.transformer import Layer
 
+_SHORTEST = 8  # mean tokens of a document from which attention document by document is faster than with a mask
+
 
 class DocumentsMixin(BaseMixin):
     """Run the documents of a row as if each had a row of its own: they see themselves alone and count from 0.
 
     The forward input `document_ids` [b, s] numbers the documents of a row from 1 on; 0 is padding. Without it nothing
-    changes. Add this mixin last. Cross attention runs document by document, each with its own pictures, and is the one
-    thing that has no `dynamic` plan.
+    changes. Add this mixin last. On a CPU causal attention runs document by document, elsewhere with a mask. So does
+    cross attention everywhere, each document with its own pictures; it is the one thing that has no `dynamic` plan.
 
     Raises:
         ValueError: when added: the model has a mixin whose inputs or results belong to rows, not to tokens.
@@ -40,6 +42,7 @@ class DocumentsMixin(BaseMixin):
                 what = "gives one result for each row" if mixin.whole_sequence else "attends to features of whole rows"
                 raise ValueError(f"Mixin '{name}' {what}: rows cannot be packed from documents here, so pad instead.")
             self.crossing += [name] * known
+        self.attends = not any("attention_fn" in mixin.hooks() for mixin in model.mixins.values())
 
     def plan(self, ctx: Context) -> None:
         ids = ctx.inputs.get("document_ids")
@@ -57,6 +60,11 @@ class DocumentsMixin(BaseMixin):
             if key.endswith(".places"):
                 self._plan_pictures(ids, places.view(len(ctx.shared["image_rows"]), -1), ctx)
         ctx.shared[f"{self.name}.planned"] = frozenset(ctx.shared)
+        padded = ctx.valid is None or torch.equal(ctx.valid, ids > 0)
+        if self.attends and padded and not ctx.dynamic and ids.device.type == "cpu":
+            lengths = document_lengths(ids)
+            if len(lengths) * _SHORTEST <= ids.numel():
+                ctx.shared[f"{self.name}.lengths"] = lengths
 
     def _plan_pictures(self, ids: torch.Tensor, spans: torch.Tensor, ctx: Context) -> None:
         owners = ids.flatten()[spans]
@@ -83,8 +91,23 @@ class DocumentsMixin(BaseMixin):
 
     @wrap
     def attention_mask_forward(self, mask: Mask, ctx: Context, old_impl: Callable[[Mask], Mask]) -> Mask:
-        ids = ctx.inputs.get("document_ids")
-        return old_impl(mask) if ids is None else old_impl(mask) & Documents(ids)
+        ids, below = ctx.inputs.get("document_ids"), old_impl(mask)
+        if ids is None:
+            return below
+        if type(below) is not Causal:
+            ctx.shared.pop(f"{self.name}.lengths", None)
+        return below & Documents(ids)
+
+    @wrap
+    def attention_fn(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: LoweredMask, layer: Layer, ctx: Context,
+        old_impl: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        lengths = ctx.shared.get(f"{self.name}.lengths")
+        if lengths is None or mask is not ctx.mask or torch.compiler.is_compiling():
+            return old_impl(q, k, v, mask)
+        causal = LoweredMask(is_causal=True)
+        return attend_apart(lambda *qkv: old_impl(*qkv, causal), q, k, v, lengths)
 
     @wrap
     def cross_attention_forward(

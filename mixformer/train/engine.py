@@ -46,6 +46,31 @@ class Engine:
         """What each process gave, by rank; plain values only."""
         return [value]
 
+    def agree(self, value: Any, what: str) -> None:
+        """Make sure that every process found the same, such as a file; plain values only.
+
+        Raises:
+            ValueError: they did not.
+        """
+        found = self.gather(value)
+        if any(each != found[0] for each in found):
+            each = ", ".join(f"process {rank}: {each}" for rank, each in enumerate(found))
+            raise ValueError(
+                f"The processes do not find the same {what} ({each}). Put logs and states on a file system that all "
+                f"machines share."
+            )
+
+    def in_step(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+        """The batches, as many on every process, each with whether it is new.
+
+        Where they run out, the last is given again until all processes are done: forwards need all of them.
+
+        Raises:
+            ValueError: a process has none, and others have.
+        """
+        for batch in batches:
+            yield batch, True
+
     def accumulating(self, model: Any, last: bool) -> AbstractContextManager[Any]:
         """Entered around forward and backward of one batch of a step; gradients need to agree after the last only."""
         return nullcontext()
@@ -53,10 +78,6 @@ class Engine:
     def clip(self, parameters: Iterable[torch.Tensor], largest: float) -> torch.Tensor:
         """Scale the gradients so that their norm over all processes is at most `largest`; the norm before."""
         return nn.utils.clip_grad_norm_(list(parameters), largest)
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The whole weights, on the first process at least."""
-        return model.state_dict()
 
     @contextmanager
     def whole(self, model: Any) -> Iterator[Any]:

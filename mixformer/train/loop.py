@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from mixformer.data.skipped import Skipped
 from mixformer.filling import saving
 from mixformer.mixins.dropout import DropoutMixin
 from mixformer.train.ema import AveragedWeights
 from mixformer.train.engine import Engine
-from mixformer.train.log import TRACKERS, RunLog, RunningMeans, merged_means
+from mixformer.train.log import TRACKERS, RunLog, RunningMeans, merged_means, summed_means
 from mixformer.train.roles import (
     Role,
     cast_parameters,
@@ -299,7 +300,7 @@ class _Run:
         options = dataclasses.asdict(config)
         self.log = RunLog(config.log_path if first else None, config.trackers if first else (), options)
         self.shown = first and config.progress
-        self.means, self.validated = RunningMeans(), dict[str, float]()
+        self.means, self.validated, self.resumed = RunningMeans(), dict[str, float](), False
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.device = self.parameters[0].device
         self.tokens = _TokenRate(self.device)
@@ -333,7 +334,9 @@ class _Run:
         if self.average is not None and config.ema_for != "validation":
             self.average.copy_to_model()
         validated = {f"validation_{name}": value for name, value in self.validated.items()}
-        return {**self._rounded_means(), **validated, "seconds": round(self.seconds, 1)}
+        self._share_skipped()
+        skipped = {f"skipped_{kind}": float(number) for kind, number in self.log.counts().items()}
+        return {**self._rounded_means(), **validated, **skipped, "seconds": round(self.seconds, 1)}
 
     def _step(self, step: int) -> dict[str, float]:
         config, engine = self.config, self.engine
@@ -350,7 +353,8 @@ class _Run:
             with engine.accumulating(self.called, index == len(drawn) - 1):
                 losses = self._losses(batch, self.task, self.called)
                 total = torch.stack([value.float() for value in losses.values()]).sum()
-                (total * (count / supervised * engine.gradient_scale)).backward()
+                if total.requires_grad:  # a batch may use nothing that is trained
+                    (total * (count / supervised * engine.gradient_scale)).backward()
             found.append({**{name: value.detach() for name, value in losses.items()}, "total": total.detach()})
             self.tokens.add(batch, count)
         weights = [count / supervised for count in counts]
@@ -363,7 +367,8 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
-        self.means.update(_weighted(found, weights))
+        absent = dict.fromkeys(self.means.sums, (0.0, 0.0))  # forgotten at the same pace on every process
+        self.means.update({**absent, **_weighted(found, weights)})
         return {"rate": rate, "step_loss": float(loss), "gradient_norm": float(norm)}
 
     def _losses(self, batch: Any, task: Task, model: Any) -> Losses:
@@ -395,12 +400,19 @@ class _Run:
 
     def _write_losses(self, done: int, losses: dict[str, float], bar: Any) -> None:
         means, rates = self._rounded_means(), self.tokens.rates(self.engine)
+        self._share_skipped()
         if self.engine.rank == 0:
             self.log.write({"step": done, **losses, **means, **rates, "seconds": round(self.seconds, 1)})
         shown = {"loss": f"{means['total']:.4g}"}
         if "tokens_per_second" in rates:
             shown["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
         bar.set_postfix(shown)
+
+    def _share_skipped(self) -> None:
+        """Tell the process that writes the log what the others left out."""
+        for samples in self.engine.gather(self.log.news())[1:]:
+            for sample in samples if self.engine.rank == 0 else ():
+                self.log.skipped(Skipped(*sample))
 
     def _list_missing_gradients(self, bar: Any) -> None:
         names = missing_gradients(self.model)
@@ -423,12 +435,13 @@ class _Run:
         sums = RunningMeans(memory=1.0)
         with kept_random_states(), self.average.applied() if averaged and self.average else nullcontext():
             self.model.eval()
-            for batch in self._endless(task) if batches is None else batches:
+            for batch, new in self.engine.in_step(self._endless(task) if batches is None else batches):
                 batch, _ = without_samples(batch)
-                count = task.count(self.model, batch)
                 losses = self._losses(batch, task, self.called)
-                total = torch.stack([value.float() for value in losses.values()]).sum()
-                sums.update(_weighted([{**losses, "total": total}], [float(count)]))
+                if new:
+                    total = torch.stack([value.float() for value in losses.values()]).sum()
+                    count = task.count(self.model, batch)
+                    sums.update(_weighted([{**losses, "total": total}], [float(count)]))
             self.model.train()
         self.validated = {
             name: round(value, 6) for name, value in merged_means(self.engine.gather(sums.state_dict())).items()
@@ -452,17 +465,23 @@ class _Run:
         config = self.config
         if config.state_path is None:
             return False
-        at_end = done == config.steps and config.save_at_end
+        # A state that was gone on from is behind at the end: without a newer one, the rest would be trained again.
+        at_end = done == config.steps and (config.save_at_end or self.resumed)
         return at_end or bool(config.save_every and done % config.save_every == 0)
 
     def _save(self, done: int) -> None:
         config, engine = self.config, self.engine
         if config.state_path is None:
             return
+        self._share_skipped()
         numbered = config.keep_last > 1 or engine.state_is_folder
+        # The first process takes the means of all: more or fewer processes can go on with them then.
+        states = engine.gather(self.means.state_dict())
+        self.means.load_state_dict(summed_means(states if engine.rank == 0 else []))
         extra = {
-            "step": done, "trained": self._trained_names(), "random": random_states(), "data": self.stream.state_dict(),
-            "means": self.means.state_dict(), "validated": self.validated, "seconds": self.seconds,
+            "rank": engine.rank, "world_size": engine.world_size, "step": done, "trained": self._trained_names(),
+            "random": random_states(), "data": self.stream.state_dict(), "means": self.means.state_dict(),
+            "validated": self.validated, "seconds": self.seconds,
         }
         averages = None if self.average is None else self.average.values
         with saving(self.model):
@@ -470,11 +489,13 @@ class _Run:
                 state_file(config.state_path, done, numbered), self.model, self.optimizer, extra, averages
             )
         if engine.rank == 0 and numbered:
-            keep_newest(config.state_path, config.keep_last)
+            keep_newest(config.state_path, config.keep_last, done)
 
     def _load(self) -> int:
         config = self.config
         found = newest_state(config.state_path) if config.resume and config.state_path else None
+        self.engine.agree(None if found is None else str(found), "state to go on from")
+        self.resumed = found is not None
         if found is None:
             if config.resume and config.state_path:
                 self.log.rewind(0)
@@ -488,11 +509,18 @@ class _Run:
                 f"{len(self.parameters)}), or in other groups. Resume with the options that it was started with, or "
                 f"name another state_path."
             )
+        if extra["data"]["task"] is None and extra.get("world_size", 1) != self.engine.world_size:
+            raise ValueError(
+                f"{found} is of {extra.get('world_size', 1)} processes, and {type(self.task).__name__} cannot say what "
+                f"they learned from: resume with as many, or give it state_dict and load_state_dict."
+            )
         self.stream.load_state_dict(extra["data"])
-        self.means.load_state_dict(extra["means"])
+        if self.engine.rank == 0:
+            self.means.load_state_dict(extra["means"])
         self.validated, self.seconds_before = dict(extra["validated"]), float(extra["seconds"])
         self.log.rewind(extra["step"])
-        restore_random_states(extra["random"])
+        if extra.get("rank", 0) == self.engine.rank:  # with more processes than then, the new ones draw on their own
+            restore_random_states(extra["random"])
         return int(extra["step"])
 
     def _trained_names(self) -> list[str]:

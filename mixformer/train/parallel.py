@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
+import itertools
 import os
-import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -24,11 +26,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from mixformer.train.engine import Engine
+from mixformer.train.state import atomic_save, put_in_place, remove
 from mixformer.transformer import Layer
 
 CHOICES = ("auto", "single", "ddp", "fsdp")
 LARGE = 1_000_000_000  # parameters from which `auto` shards
-_LETTING_GO = 0.2  # seconds, without the interpreter's lock
+_LETTING_GO = 0.2  # seconds
 Losses = dict[str, torch.Tensor]
 Loss = Callable[[Any, Any], Losses]
 
@@ -67,14 +70,24 @@ def engine_of(choice: str = "auto", model: nn.Module | None = None, replicas: in
 
 
 class _Called(nn.Module):
-    """The root that torch's engines wrap: its forward is the loss, so that all that the loss does is inside."""
+    """The root that torch's engines wrap: its forward is the loss, so that all that the loss does is inside.
+
+    Where a batch uses nothing that is trained, its losses require gradients nevertheless: a process takes part in the
+    exchange of gradients by its backward.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.spare: torch.Tensor | None = None
 
     def forward(self, loss: Loss, batch: Any) -> Losses:
-        return loss(self.model, batch)
+        losses = loss(self.model, batch)
+        if torch.is_grad_enabled() and not any(value.requires_grad for value in losses.values()):
+            if self.spare is None:
+                return {name: value.detach().requires_grad_() for name, value in losses.items()}
+            return {name: value + 0.0 * self.spare.sum() for name, value in losses.items()}
+        return losses
 
 
 class ParallelEngine(Engine):
@@ -92,6 +105,8 @@ class ParallelEngine(Engine):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
+            # Its functions keep the group that there is when it is imported, as a default: so it is imported before.
+            importlib.import_module("torch.distributed.nn.functional")
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -126,6 +141,23 @@ class ParallelEngine(Engine):
         dist.all_gather_object(values, value)
         return values
 
+    def in_step(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+        """As of `Engine`."""
+        left, batch = iter(batches), None
+        for number in itertools.count():
+            new = next(left, None)
+            having = self.gather(new is not None)
+            if not any(having):
+                return
+            if number == 0 and not all(having):
+                without = [str(rank) for rank, has in enumerate(having) if not has]
+                raise ValueError(
+                    f"Of {self.world_size} processes, {', '.join(without)} got no batch to validate on: give at least "
+                    f"one sample for each, or start fewer processes."
+                )
+            batch = batch if new is None else new
+            yield batch, new is not None
+
     @contextmanager
     def accumulating(self, model: Any, last: bool) -> Iterator[None]:
         """As of `Engine`.
@@ -141,14 +173,6 @@ class ParallelEngine(Engine):
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         raise TypeError(f"{type(self).__name__} must define _syncing(last).")
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The whole weights, on the CPU of the first process; nothing on the others. Every process calls it."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        found: dict[str, Any] = get_model_state_dict(model, options=options)
-        return found if self.rank == 0 else {}
 
     @contextmanager
     def whole(self, model: Any) -> Iterator[Any]:
@@ -170,22 +194,42 @@ class ParallelEngine(Engine):
         """As of `Engine`; the extra is the first process's if there were more or fewer then.
 
         Raises:
-            ValueError: no such folder, or averages are asked for and it has none.
+            ValueError: no such state, or averages are asked for and it has none.
         """
+        if Path(path).is_file():
+            return load_file(path, model, optimizer, averages)
         return load_folder(path, model, optimizer, averages, self.rank, self.world_size)
 
     def close(self) -> None:
         """Leave the group of processes; an engine that nobody closed does it when the interpreter is about to end.
 
-        Gloo's threads hold tensors of the last exchange that Python owns, and need the interpreter to let go of them:
-        a thread that comes too late aborts the process. So they are given the time before the interpreter ends.
+        A thread of gloo lets go of the tensors of the last exchange after the exchange is done, and needs the
+        interpreter for it: where that has ended, the process aborts. The threads are joined with the last reference to
+        their group, so whatever keeps one is emptied first. A reference of somebody else's is waited for instead.
         """
         atexit.unregister(self.close)
         self._model = self._root = None
         if self._owns_group and dist.is_initialized():
+            groups = _let_go_of_groups()
             gc.collect()
-            time.sleep(_LETTING_GO)
             dist.destroy_process_group()
+            if any(group() is not None for group in groups):
+                time.sleep(_LETTING_GO)
+
+
+def _let_go_of_groups() -> list[weakref.ref[Any]]:
+    """Take the groups out of what FSDP2 and device meshes keep of them; they are of no use after this."""
+    groups: list[weakref.ref[Any]] = [weakref.ref(dist.group.WORLD)]
+    for keeper in gc.get_objects():
+        if str(type(keeper).__module__).startswith(("torch.distributed.fsdp", "torch.distributed.device_mesh")):
+            for name, value in list(getattr(keeper, "__dict__", {}).items()):
+                if isinstance(value, dist.ProcessGroup):
+                    groups.append(weakref.ref(value))
+                    setattr(keeper, name, None)
+                elif isinstance(value, dict) and all(isinstance(each, dist.ProcessGroup) for each in value.values()):
+                    groups += [weakref.ref(each) for each in value.values()]
+                    value.clear()
+    return groups
 
 
 def save_folder(
@@ -198,17 +242,53 @@ def save_folder(
     target = Path(path)
     partial = target.with_name(f"{target.name}.partial")
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
     _wait()
     with _alone_is_fine():
         save(_tensors(model, optimizer, averages), storage_writer=FileSystemWriter(partial))
-    torch.save({"world_size": world_size, "averages": averages is not None, "extra": extra}, _extra(partial, rank))
+    atomic_save({"world_size": world_size, "averages": averages is not None, "extra": extra}, _extra(partial, rank))
     _wait()
     if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        put_in_place(partial, target)
     _wait()
+
+
+def load_file(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Read the state that one process wrote to a file, in any number of processes; returns the extra.
+
+    Raises:
+        ValueError: averages are asked for and it has none.
+    """
+    extra: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    stored, steps, means = extra.pop("model"), extra.pop("optimizer")["state"], extra.pop("averages", None)
+    if averages is not None and (means is None or set(means) != set(averages)):
+        raise ValueError(f"{path} has no averages of these weights: it was written without `ema`.")
+    own = model.state_dict()
+    model.load_state_dict({name: _shared_out(value, own.get(name)) for name, value in stored.items()})
+    optimizer.state.clear()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in steps.items():
+        parameter = trained[index]
+        optimizer.state[parameter] = {name: _shared_out(value, parameter) for name, value in values.items()}
+    for name, value in (averages or {}).items():
+        value.copy_(_shared_out(means[name], value))
+    return extra
+
+
+def _shared_out(value: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor as a tensor of its shape is laid out over the processes, with storage of its own."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, torch.Tensor) or like.shape != value.shape:
+        return value.clone()
+    if isinstance(like, DTensor):
+        value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    made: torch.Tensor = torch.empty_like(like.detach(), dtype=value.dtype).copy_(value)
+    return made
 
 
 def load_folder(
@@ -286,14 +366,11 @@ class Replicated(ParallelEngine):
         """The model itself, with the weights of the first process. Set `requires_grad` before."""
         model.to(self.device)
         self._model = model
-        self._root = nn.parallel.DistributedDataParallel(_Called(model), find_unused_parameters=True)
+        root = _Called(model)
+        # Commonly unused: where all weights are used, DDP advises on standard error not to look for unused ones.
+        root.spare = nn.Parameter(torch.zeros(1, device=self.device))
+        self._root = nn.parallel.DistributedDataParallel(root, find_unused_parameters=True)
         return model
-
-    def losses(self, model: Any, loss: Loss, batch: Any) -> Losses:
-        """As of `ParallelEngine`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-            return super().losses(model, loss, batch)
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self._root.no_sync()
@@ -310,14 +387,22 @@ class Sharded(ParallelEngine):
         minutes: as of `ParallelEngine`.
 
     Raises:
-        ValueError: the number of processes is no multiple of `replicas`.
+        ValueError: the number of processes is no multiple of `replicas`, or torch is too old.
     """
 
     def __init__(self, replicas: int = 1, minutes: float = 30) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ValueError(
+                f"engine 'fsdp' needs torch 2.13 or later, and this is {torch.__version__}: its FSDP2 hangs where one "
+                f"process did not use a weight that another did. Update torch, or choose ddp."
+            )
         super().__init__(minutes)
         if replicas < 1 or self.world_size % replicas:
             raise ValueError(f"{self.world_size} processes do not divide into {replicas} replicas.")
         self.replicas = replicas
+        self._mesh: Any = None
         self._used: set[str] = set()
         self._encoders: dict[str, Any] = {}
 
@@ -338,13 +423,16 @@ class Sharded(ParallelEngine):
             if plain:
                 raise ValueError(f"{plain[0]} was added after the model was sharded. Add all mixins before training.")
         else:
-            one = self.replicas == 1
-            shape = (self.world_size,) if one else (self.replicas, self.world_size // self.replicas)
-            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[one:])
+            if self._mesh is None:
+                one = self.replicas == 1
+                shape = (self.world_size,) if one else (self.replicas, self.world_size // self.replicas)
+                self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[one:])
+            mesh = self._mesh
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, 0)
             for layer in layers.values():
                 fully_shard(layer, mesh=mesh)
+                layer.register_forward_pre_hook(_feel_gradients, prepend=True)
             self._root = fully_shard(_Called(model), mesh=mesh)
             self._root.set_reduce_scatter_unused_params(True)
             self._model = model
@@ -436,6 +524,18 @@ class Sharded(ParallelEngine):
                 module._parameters.update(weights)
                 module._buffers.update(buffers)
         dist.barrier()
+
+
+def _feel_gradients(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Run the backward of a layer with trained weights on every process, also where a batch used none of them.
+
+    Its weights are gathered for that, and all processes have to gather the same.
+    """
+    hidden_states, *others = inputs
+    needed = torch.is_grad_enabled() and not hidden_states.requires_grad
+    if needed and any(parameter.requires_grad for parameter in layer.parameters()):
+        return hidden_states.detach().requires_grad_(), *others
+    return None
 
 
 def _full(value: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mixformer.filling import saving
 from mixformer.train.engine import Engine
 from mixformer.train.loop import TrainConfig, train
 from mixformer.train.state import atomic_save, newest_state, remove_states, seed_all
@@ -124,7 +125,8 @@ def run_stages(
         stages: in order; names must differ.
         processor: what tasks make their batches with.
         logs: folder of `{name}.jsonl` logs and `{name}.state.pt` states, for stages that name none of their own. Such
-            a state is written every `loop.save_every` steps and on SIGTERM, and deleted when the next stage is done.
+            a state is written every `loop.save_every` steps and on SIGTERM, and deleted when the next stage is done and
+            has a state or weights of its own.
         keep_stages: write the weights after each stage to `{name}.pt` in that folder.
         resume: go on from the last state that was saved, or else after the last stage whose weights lie there.
         engine: the processes that train together; one by default.
@@ -148,6 +150,7 @@ def run_stages(
     first, results = 0, {}
     if resume:
         first = _first_left(model, names, loops, folder)
+        engine.agree(first, "stage to go on with")
         loops = [replace(loop, resume=True) for loop in loops]
     for index in range(first, len(stages)):
         stage, loop = stages[index], loops[index]
@@ -159,13 +162,22 @@ def run_stages(
         finally:
             for task in reversed(prepared):
                 task.finish(model)
-        if keep_stages and folder is not None:
-            weights = engine.weights(model)
-            if engine.rank == 0:
-                atomic_save(weights, folder / f"{stage.name}.pt")
-        if folder is not None and index and engine.rank == 0:
+        if folder is None:
+            continue
+        if keep_stages:
+            _keep(model, folder / f"{stage.name}.pt", engine)
+        has_state = loop.state_path is not None and newest_state(loop.state_path) is not None
+        if index and engine.rank == 0 and (keep_stages or has_state):
             remove_states(folder / f"{names[index - 1]}{STATE_SUFFIX}")
     return results
+
+
+def _keep(model: Any, path: Path, engine: Engine) -> None:
+    """Write the weights after a stage; every process calls it."""
+    with engine.whole(model) as whole:
+        if whole is not None:
+            with saving(whole):
+                atomic_save(whole.state_dict(), path)
 
 
 def _with_files(loop: TrainConfig, name: str, folder: Path | None) -> TrainConfig:

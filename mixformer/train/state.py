@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,38 @@ from typing import Any
 import numpy as np
 import torch
 
+PARTIAL, OLD = ".partial", ".old"
+"""What is put behind the name of a state that is not whole yet, and behind that of one that is being replaced."""
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write a file to, and move it there once it is whole and on the disk.
+    """Give a path beside `path` to write a file or a folder to, and move it there once it is whole.
 
-    A process that is killed meanwhile leaves the old file as it was. A folder can be written too, to a path that does
-    not exist yet.
+    A process that is killed meanwhile leaves the old state, where `newest_state` finds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
+    partial = _beside(path, PARTIAL)
+    remove(partial)
     yield partial
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Move a file or folder that is whole to its place, once it is on the disk.
+
+    A folder cannot be replaced at once: the old one stands beside it meanwhile.
+    """
     if partial.is_file():
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+    old = _beside(path, OLD)
+    if path.is_dir():
+        remove(old)
+        path.rename(old)
     os.replace(partial, path)
+    remove(old)
 
 
 def atomic_save(state: Any, path: str | Path) -> None:
@@ -48,39 +63,62 @@ def state_file(path: str | Path, step: int, numbered: bool) -> Path:
 
 
 def newest_state(path: str | Path) -> Path | None:
-    """The state to go on from: the newest of `path` and the numbered ones beside it; None if there is none."""
+    """The state to go on from: the newest of `path` and the numbered ones beside it; None if there is none.
+
+    Of a folder that was being replaced when the process was killed, it is the old one.
+    """
     path = Path(path)
-    numbered = _numbered(path)
-    found = [*numbered[-1:], *([path] if path.exists() else [])]
-    return max(found, key=lambda file: file.stat().st_mtime_ns) if found else None
+    places = [*_numbered(path)[-1:], path]
+    found = [place if place.exists() else _beside(place, OLD) for place in places]
+    return max((file for file in found if file.exists()), key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
-def keep_newest(path: str | Path, number: int) -> None:
-    """Delete all numbered states but the newest `number`, and what a killed process left unfinished."""
+def keep_newest(path: str | Path, number: int, step: int | None = None) -> None:
+    """Delete all numbered states but the newest `number`, and what a killed process left unfinished.
+
+    With the `step` that was just saved, those of later steps are deleted too: they are of an earlier run.
+    """
     path = Path(path)
-    for old in _numbered(path)[: -number or None]:
-        _remove(old)
-    for unfinished in path.parent.glob(f"{path.stem}-*{path.suffix}.partial"):
-        _remove(unfinished)
+    known = _numbered(path)
+    mine = [state for state in known if step is None or state <= state_file(path, step, numbered=True)]
+    for state in known:
+        if state not in mine[-number:]:
+            remove(state)
+            remove(_beside(state, OLD))
+    for ending in (PARTIAL, OLD + PARTIAL):
+        for state in _numbered(path, [ending]):
+            remove(_beside(state, ending))
 
 
 def remove_states(path: str | Path) -> None:
     """Delete `path` and the numbered states beside it."""
-    for old in (Path(path), *_numbered(Path(path))):
-        _remove(old)
+    for state in (Path(path), *_numbered(Path(path))):
+        remove(state)
+        remove(_beside(state, OLD))
 
 
-def _numbered(path: Path) -> list[Path]:
-    pattern = re.compile(re.escape(path.stem) + r"-(\d{8})" + re.escape(path.suffix))
+def _numbered(path: Path, endings: Sequence[str] = ("", OLD)) -> list[Path]:
+    """The places of numbered states, by step, at which there is something with one of the endings behind its name."""
+    name = re.escape(path.stem) + r"-\d{8}" + re.escape(path.suffix)
+    pattern = re.compile(f"({name})({'|'.join(map(re.escape, endings))})")
     beside = path.parent.iterdir() if path.parent.is_dir() else iter(())
-    return sorted(file for file in beside if pattern.fullmatch(file.name))
+    found = [pattern.fullmatch(file.name) for file in beside]
+    return sorted({path.with_name(match[1]) for match in found if match})
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there; half a folder never has the name of a whole one."""
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if path.suffix != PARTIAL:
+        remove(_beside(path, PARTIAL))
+        path = path.rename(_beside(path, PARTIAL))
+    shutil.rmtree(path)
 
 
 def seed_all(seed: int) -> None:

@@ -21,7 +21,8 @@ from models.weights import (
 )
 from models.weights.eva2_clip import resize_positions
 from models.weights.rules import Format, Rule, Source
-from models.weights.sat import SATFolder
+from models.weights.sat import settings_from, tables
+from models.weights.sat_folder import SATFolder
 
 HF_FORMATS: list[Format] = [
     cogagent.HF, cogvlm.HF, *llama.FORMATS, gpt2.HF, bert.HF, eva2_clip.TOWER_L, eva2_clip.TOWER_E,
@@ -30,4 +31,6 @@ HF_FORMATS: list[Format] = [
 ]
 SAT_FORMATS: list[Format] = sat.FORMATS
 
-__all__ = ["HF_FORMATS", "SAT_FORMATS", "Format", "Rule", "SATFolder", "Source", "resize_positions"]
+__all__ = [
+    "HF_FORMATS", "SAT_FORMATS", "Format", "Rule", "SATFolder", "Source", "resize_positions", "settings_from", "tables",
+]

@@ -1,15 +1,10 @@
-"""SwissArmyTransformer folders: LLaMA, CogVLM, CogVLM2 and CogAgent; read, with model-parallel ranks merged."""
+"""SwissArmyTransformer's key tables and configs: LLaMA, CogVLM, CogVLM2 and CogAgent, both ways."""
 
 from __future__ import annotations
 
-import importlib
-import pickle
 import re
-import zipfile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from models.cogagent import CogAgent
@@ -17,7 +12,8 @@ from models.cogvlm import CogVLM
 from models.llama import LLaMA
 from models.weights import cogagent, cogvlm
 from models.weights.eva2_clip import L_ROPE_TABLES
-from models.weights.rules import Format, Rule, Shape, Shapes, frequencies, rules_of, with_bias
+from models.weights.rules import Format, Rule, Shapes, Source, frequencies, rules_of, with_bias
+from models.weights.sat_folder import EVA
 
 TOP = {
     "transformer.word_embeddings.weight": "transformer.word_embeddings.weight",
@@ -61,174 +57,7 @@ TOWER_LAYER = with_bias({
     "mlp.up": "mlp.dense_h_to_4h",
     "mlp.down": "mlp.dense_4h_to_h",
 })
-EVA, ENCODER = "mixins.eva.", "mixins.encoder."
-
-# how model-parallel ranks split a tensor: "q;k;v" and "k;v" inside each of these row blocks, "rows", or "columns";
-# what no pattern names is the same on every rank
-_EVA_OR_LM = r"(mixins\.eva\.vit_model\.)?transformer\.layers\.\d+\."
-SPLITS = {
-    _EVA_OR_LM + r"attention\.query_key_value\.(weight|bias)": "q;k;v",
-    r"mixins\.rotary\.vision_query_key_value_list\.\d+\.(weight|bias)": "q;k;v",
-    r"transformer\.layers\.\d+\.cross_attention\.key_value\.(weight|bias)": "k;v",
-    r"transformer\.layers\.\d+\.cross_attention\.query\.(weight|bias)": "rows",
-    _EVA_OR_LM + r"mlp\.dense_h_to_4h(_gate)?\.(weight|bias)": "rows",
-    r"mixins\.mlp\.(gate_proj|vision_gate_proj|vision_dense_h_to_4h_list)\.\d+\.(weight|bias)": "rows",
-    r"mixins\.lm\.lm_head\.weight": "vocabulary",
-    r"transformer\.word_embeddings\.weight": "vocabulary",
-    _EVA_OR_LM + r"(attention|cross_attention)\.dense\.weight": "columns",
-    _EVA_OR_LM + r"mlp\.dense_4h_to_h\.weight": "columns",
-    r"mixins\.rotary\.vision_dense_list\.\d+\.weight": "columns",
-    r"mixins\.mlp\.vision_dense_4h_to_h_list\.\d+\.weight": "columns",
-}
-
-
-class SATFolder:
-    """The tensors of `{latest}/mp_rank_*_model_states.pt`, model-parallel ranks merged.
-
-    Args:
-        folder: with `latest` and the iteration's folder.
-        config: content of `model_config.json`.
-
-    Raises:
-        ValueError: a missing or damaged file, a pickle that holds more than data, ranks that do not fit each other.
-    """
-
-    gives_own = False
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self.where = str(folder)
-        self._config = config
-        self._ranks = [_module(path) for path in rank_files(folder)]
-        first = self._ranks[0]
-        for number, rank in enumerate(self._ranks[1:], start=1):
-            other = sorted(set(rank) ^ set(first))
-            if other:
-                raise ValueError(
-                    f"{folder}: '{other[0]}' is on rank 0 or rank {number}, but not on both. The mp_rank files do not "
-                    f"belong together: fetch them again."
-                )
-        lora = _unmerged_lora(first)
-        if lora:
-            raise ValueError(
-                f"{folder} holds un-merged SAT LoRA weights, such as '{lora}'. Merge them where the checkpoint was "
-                f"trained (model.get_mixin('lora').merge_lora(), then save it), and read the result."
-            )
-        self.shapes: dict[str, Shape] = {name: self._merged_shape(name) for name in first}
-        self.num_bytes = sum(tensor.nbytes for rank in self._ranks for tensor in rank.values())
-
-    def _kind(self, name: str) -> str:
-        if len(self._ranks) == 1:
-            return ""
-        kind = next((kind for pattern, kind in SPLITS.items() if re.fullmatch(pattern, name)), "")
-        if kind == "vocabulary":  # SAT keeps small vocabularies whole
-            whole = self._ranks[0][name].shape[0] == self._config.get("vocab_size")
-            return "" if whole else "rows"
-        return kind
-
-    def _merged_shape(self, name: str) -> Shape:
-        shapes = [tuple(rank[name].shape) for rank in self._ranks]
-        kind = self._kind(name)
-        if not kind:
-            return shapes[0]
-        dimension = 1 if kind == "columns" else 0
-        total = sum(shape[dimension] for shape in shapes)
-        return (*shapes[0][:dimension], total, *shapes[0][dimension + 1 :])
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, whole, in its stored dtype.
-
-        Raises:
-            ValueError: ranks that do not fit each other.
-        """
-        pieces = [rank[name] for rank in self._ranks]
-        kind = self._kind(name)
-        try:
-            if kind in ("q;k;v", "k;v"):
-                blocks = [piece.split(self._blocks(name, kind, len(piece))) for piece in pieces]
-                return torch.cat([torch.cat(block) for block in zip(*blocks, strict=True)])
-            if kind:
-                return torch.cat(pieces, dim=1 if kind == "columns" else 0)
-        except (RuntimeError, ValueError) as error:
-            shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
-            raise ValueError(f"{self.where}: the ranks' pieces of '{name}' do not fit together ({shapes}).") from error
-        for number, piece in enumerate(pieces[1:], start=1):
-            if not torch.equal(pieces[0], piece):
-                raise ValueError(
-                    f"{self.where}: '{name}' should be the same on every rank, but rank {number} differs from rank 0. "
-                    f"The mp_rank files do not belong together: fetch them again."
-                )
-        return pieces[0]
-
-    def _blocks(self, name: str, kind: str, height: int) -> list[int]:
-        heads, kv_heads = self._config.get("num_attention_heads"), self._config.get("num_multi_query_heads")
-        if kind == "q;k;v" and kv_heads and not name.startswith(EVA):
-            kv = height * kv_heads // (heads + 2 * kv_heads)
-            return [height - 2 * kv, kv, kv]
-        parts = len(kind.split(";"))
-        return [height // parts] * parts
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._ranks = []
-
-
-def rank_files(folder: Path) -> list[Path]:
-    """The mp_rank files of the checkpoint that `latest` names.
-
-    Raises:
-        ValueError: there are none, or one is missing.
-    """
-    latest = folder / "latest"
-    if not latest.is_file():
-        raise ValueError(f"{folder} has no file 'latest' that names the iteration. Write its folder's name into one.")
-    home = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
-    if home.parent != folder or not home.is_dir():
-        raise ValueError(f"{latest} names '{home.name}', but {folder} has no such folder. Fetch it.")
-    found = {}
-    for path in home.glob("mp_rank_*_model_states.pt"):
-        match = re.fullmatch(r"mp_rank_(\d+)_model_states\.pt", path.name)
-        if match:
-            found[int(match[1])] = path
-    if not found:
-        zero = next(home.glob("*zero*"), None) or next(home.glob("z3_rank*"), None)
-        hint = f" It has {zero.name}: a ZeRO-3 save, which SAT must merge first." if zero else ""
-        raise ValueError(f"{home} has no mp_rank_*_model_states.pt.{hint} Fetch the checkpoint again.")
-    missing = [number for number in range(max(found) + 1) if number not in found]
-    if missing:
-        raise ValueError(f"{home} lacks mp_rank_{missing[0]:02d}_model_states.pt of {max(found) + 1} ranks. Fetch it.")
-    return [found[number] for number in sorted(found)]
-
-
-def _module(path: Path) -> dict[str, torch.Tensor]:
-    # training saves hold numpy's random state, whose arrays are rebuilt by names of numpy 1 or of numpy 2
-    core = "numpy.core" if np.__version__.startswith("1.") else "numpy._core"
-    multiarray = importlib.import_module(f"{core}.multiarray")
-    allowed: list[Any] = [np.ndarray, np.dtype]
-    for package in ("numpy.core", "numpy._core"):
-        allowed += [(getattr(multiarray, name), f"{package}.multiarray.{name}") for name in ("_reconstruct", "scalar")]
-    allowed += [type(np.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8", "?")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise ValueError(f"{path} is damaged: it holds no plain data ({error}). Fetch it again.") from error
-        raise ValueError(
-            f"{path} is refused: its pickle asks for '{found[1]}', which is not data and could run code. Save only the "
-            f"tensors, under 'module', where you trust the file: torch.save({{'module': state_dict}}, path)."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}). Fetch it again.") from error
-    module = content.get("module") if isinstance(content, dict) else None
-    if not isinstance(module, dict) or not module:
-        raise ValueError(f"{path} has no tensors under 'module', as SAT saves them. Is it a model checkpoint?")
-    return {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
-
-
-def _unmerged_lora(names: Any) -> str | None:
-    marks = (".original.weight", ".matrix_A.", ".matrix_B.")
-    return next((name for name in names if any(mark in name for mark in marks)), None)
+ENCODER = "mixins.encoder."
 
 
 def language_rules(config: Any) -> list[Rule]:
@@ -236,14 +65,15 @@ def language_rules(config: Any) -> list[Rule]:
     found = rules_of(TOP) + ([] if config.tied_head else rules_of(HEAD))
     for i in range(config.num_layers):
         found += rules_of({ours: theirs.format(i=i) for ours, theirs in LAYER.items()}, f"transformer.layers.{i}.")
-        found.append(Rule(f"transformer.layers.{i}.{GATE}", tuple(name.format(i=i) for name in GATES), copies=True))
+        gates = tuple(name.format(i=i) for name in GATES)
+        found.append(Rule(f"transformer.layers.{i}.{GATE}", gates, copies=True, num_written=1))
     return found
 
 
 def cogvlm_rules(config: Any) -> list[Rule]:
     """Key table of CogVLM and CogVLM2."""
     found = language_rules(config) + cogvlm.projector_rules(config, EVA)
-    found.append(Rule("mixins.rotary.inv_freq", FREQUENCIES, copies=True, default=frequencies))
+    found.append(Rule("mixins.rotary.inv_freq", FREQUENCIES, copies=True, num_written=1, default=frequencies))
     expert = {**EXPERT, **(EXPERT_BIAS if config.expert_qkv_bias else {})}
     for i in cogvlm.expert_layers(config):
         found += rules_of({ours: theirs.format(i=i) for ours, theirs in expert.items()}, f"transformer.layers.{i}.")
@@ -316,19 +146,182 @@ def read_cogagent(config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     return {**options, **cross, "cross_layers": None if len(layers) in (0, options["num_layers"]) else layers}
 
 
+def write_llama(config: Any) -> dict[str, Any]:
+    """model_config.json of SAT LLaMA in the older dialect, which the released CogVLM and CogAgent have."""
+    base = cogvlm.BASES[1 if config.num_kv_heads is None else 2]
+    return {
+        "model_class": "LLaMAModel",
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "vocab_size": config.vocab_size,
+        "layernorm_order": "pre",
+        "model_parallel_size": 1,
+        "max_sequence_length": config.max_positions,
+        "use_bias": False,
+        "inner_hidden_size": config.inner_size,
+        **({} if config.norm_eps == 1e-5 else {"layernorm_epsilon": config.norm_eps}),
+        **({} if config.num_kv_heads is None else {"num_multi_query_heads": config.num_kv_heads}),
+        **({} if config.rope_base == base else {"rope_theta": config.rope_base}),  # SAT takes it from inv_freq
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def write_cogvlm(config: Any) -> dict[str, Any]:
+    """model_config.json of SAT CogVLM."""
+    vision, found = config.vision, write_llama(config)
+    if config.num_kv_heads is not None:
+        found.update(bos_token_id=128000, eos_token_id=128001, pad_token_id=128002)
+    else:
+        found.update(tokenizer_type="vicuna-7b-v1.5")
+    return {
+        **found,
+        "model_class": "CogVLMModel",
+        "text_processor_version": "chat_old",
+        "image_length": config.adapter.num_tokens(vision.num_features),
+        "eva_args": {
+            "model_class": "EVA2CLIPModel",
+            "num_layers": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "num_attention_heads": vision.num_heads,
+            "vocab_size": 1,
+            "layernorm_order": "post",
+            "model_parallel_size": 1,
+            "max_sequence_length": vision.grid**2 + 1,
+            "inner_hidden_size": vision.inner_size,
+            "use_final_layernorm": False,
+            "layernorm_epsilon": vision.norm_eps,
+            "row_parallel_linear_final_bias": False,
+            "image_size": [vision.image_size, vision.image_size],
+            "pre_len": 1,
+            "post_len": 0,
+            "in_channels": vision.in_channels,
+            "patch_size": vision.patch_size,
+        },
+    }
+
+
+def write_cogagent(config: Any) -> dict[str, Any]:
+    """model_config.json of SAT CogAgent."""
+    width, crossing = config.cross_vision.hidden_size, set(cogagent.cross_layers(config))
+    return {
+        **write_cogvlm(config),
+        "model_class": "CogAgentModel",
+        "text_processor_version": "chat",
+        "is_decoder": [i in crossing for i in range(config.num_layers)],
+        "cross_attn_hidden_size": width,
+        "cross_hidden_size_per_attention_head": (config.cross_compute_size or width) // config.num_heads,
+        "encoder_args": {},
+        "cross_image_pix": config.cross_vision.image_size,
+    }
+
+
+def for_ranks(content: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """A model_config.json for so many model-parallel ranks.
+
+    Raises:
+        ValueError: heads that do not divide among them.
+    """
+    eva = content.get("eva_args")
+    for where, sizes in (("", content), ("eva_args.", eva or {})):
+        for name in ("num_attention_heads", "num_multi_query_heads"):
+            if (sizes.get(name) or 0) % num_ranks:
+                raise ValueError(
+                    f"{where}{name} is {sizes[name]}, which does not divide among {num_ranks} ranks. Choose another "
+                    f"number of parts."
+                )
+    found = {**content, "model_parallel_size": num_ranks}
+    return found if eva is None else {**found, "eva_args": {**eva, "model_parallel_size": num_ranks}}
+
+
+def settings_from(source: Source | None, target: str) -> dict[str, Any]:
+    """What the config file of HF says of prompts and ids, as SAT's says it, or the other way round.
+
+    Args:
+        source: what is kept of the file that a model was read from.
+        target: name of the format that is written.
+    """
+    if source is None or {source.format[:3], target[:3]} != {"hf-", "sat"}:
+        return {}
+    config = source.config
+    found = {name: config[name] for name in ("bos_token_id", "pad_token_id") if isinstance(config.get(name), int)}
+    ends = config.get("eos_token_id")
+    if isinstance(ends, int | list) and ends:
+        found["eos_token_id"] = ends[0] if isinstance(ends, list) else ends
+    family = target.partition("-")[2]
+    for sat_name, hf_name in TEMPLATES.get(family, {}).items():
+        if target.startswith("sat") and config.get("template_version") == hf_name:
+            found["text_processor_version"] = sat_name
+        elif config.get("text_processor_version") == sat_name and target.startswith("hf-"):
+            found["template_version"] = hf_name
+    return found
+
+
+TEMPLATES = {
+    "cogvlm": {"base": "base", "chat_old": "chat", "vqa": "vqa"},
+    "cogagent": {"base": "base", "chat": "chat", "chat_old": "chat_old", "vqa": "vqa"},
+}
+"""{family: {SAT's name of a template: HF's name of the same one}}."""
+
+
+def tables(format_name: str, config: Any) -> list[Rule]:
+    """Tensors of a format that a model of ours computes, under names that all formats of its family share.
+
+    They are buffers of the released code: the rotary tables of CogAgent's second tower, once and again in every block,
+    and LLaMA's frequencies, one per layer in HF's older files. SAT asks for its own when it loads, so they have a
+    default; in HF's files they may be missing.
+    """
+    if format_name in ("sat-cogagent", "hf-cogagent"):
+        is_sat = format_name.startswith("sat")
+        prefix = f"{ENCODER if is_sat else cogagent.TOWER}vit.model."
+        homes = ["rope", *(f"blocks.{i}.attn.rope" for i in range(config.cross_vision.num_layers))]
+        return [
+            Rule(
+                f"unused.rope_{kind}", tuple(f"{prefix}{home}.freqs_{kind}" for home in homes), copies=True,
+                num_written=None if is_sat else 1, default=make if is_sat else None,
+            )
+            for kind, make in (("cos", _cosines), ("sin", _sines))
+        ]
+    if format_name == "sat-llama":
+        return [Rule("unused.inv_freq", FREQUENCIES, copies=True, num_written=1, default=frequencies)]
+    if format_name in ("hf-llama", "hf-mistral", "hf-qwen2"):
+        names = tuple(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers))
+        return [Rule("unused.inv_freq", names, copies=True, num_written=0)]
+    return []
+
+
+def _angles(model: Any) -> torch.Tensor:
+    rotary = model.get_mixin("cross").tower.get_mixin("rotary")
+    found: torch.Tensor = rotary.angles(rotary.head_width, torch.device("cpu"))
+    return found
+
+
+def _cosines(model: Any) -> torch.Tensor:
+    return _angles(model).cos()
+
+
+def _sines(model: Any) -> torch.Tensor:
+    return _angles(model).sin()
+
+
 def _is(*names: str) -> Any:
     return lambda config: str(config.get("model_class", "")).rpartition(".")[2] in names
 
 
 FORMATS = [
-    Format("sat-llama", LLaMA, _is("LLaMAModel", "RotaryLLaMAModel"), read_llama, language_rules, ignored=FREQUENCIES),
+    Format(
+        "sat-llama", LLaMA, _is("LLaMAModel", "RotaryLLaMAModel"), read_llama, language_rules,
+        ignored=tuple(map(re.escape, FREQUENCIES)), write_config=write_llama, lacks=("norm_cast", "rope_tables"),
+    ),
     Format(
         "sat-cogvlm", CogVLM, _is("CogVLMModel", "FineTuneTrainCogVLMModel", "FineTuneTestCogVLMModel"),
-        read_cogvlm, cogvlm_rules, aliases=cogvlm.HF.aliases,
+        read_cogvlm, cogvlm_rules, write_config=write_cogvlm, lacks=cogvlm.HF.lacks, aliases=cogvlm.HF.aliases,
     ),
     Format(
         "sat-cogagent", CogAgent, _is("CogAgentModel", "FineTuneTrainCogAgentModel", "FineTuneTestCogAgentModel"),
         read_cogagent, cogagent_rules, ignored=(rf"mixins\.encoder\.vit\.model\.{L_ROPE_TABLES}",),
-        aliases=cogagent.HF.aliases, finish=cogagent.finish,
+        write_config=write_cogagent, lacks=cogagent.HF.lacks, aliases=cogagent.HF.aliases, finish=cogagent.finish,
     ),
 ]

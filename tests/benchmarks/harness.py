@@ -56,6 +56,8 @@ class Run:
         output: gives what is compared, if not the result of `call`.
         compared: False for what does not do the whole work and is shown as information.
         measured: `call` returns its own sample, `{"seconds": ..., other figures}`; for child processes.
+        rates: {figure: amount in one call}; shown per second.
+        once: further figures that need no clock, such as a peak of memory; taken once, before the clock.
     """
 
     call: Callable[[], Any]
@@ -63,6 +65,8 @@ class Run:
     output: Callable[[], Any] | None = None
     compared: bool = True
     measured: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+    once: Callable[[], Sample] | None = None
 
 
 @dataclass
@@ -82,6 +86,7 @@ class Group:
         facts: further figures that do not come from a clock, such as bytes of weights.
         reference: whose output the others must equal; None for the first baseline.
         prepare: called between the comparison and the clock.
+        ratios_of: figures whose ratios to the baselines are shown, beside those of the time.
     """
 
     title: str
@@ -96,6 +101,7 @@ class Group:
     facts: dict[str, float] = field(default_factory=dict)
     reference: str | None = None
     prepare: Callable[[], Any] | None = None
+    ratios_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def sample(run: Run, calls: int, clock: Callable[[], float]) -> Sample:
             run.call()
             total += clock() - start
             run.reset()
-    return {SECONDS: total / calls}
+    return {SECONDS: total / calls, **{figure: amount * calls / total for figure, amount in run.rates.items()}}
 
 
 def measure(
@@ -274,19 +280,27 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def ratios(
+    figure: str, name: str, samples: dict[str, list[Sample]], baselines: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """{baseline: spread of the ratios of one competitor's figure to it, round by round}, where both have it."""
+    own = samples[name]
+    return {
+        baseline: spread([one[figure] / other[figure] for one, other in zip(own, samples[baseline], strict=True)])
+        for baseline in baselines
+        if baseline != name and figure in own[0] and figure in samples.get(baseline, [{}])[0]
+    }
+
+
 def summary(group: Group, samples: dict[str, list[Sample]]) -> dict[str, Any]:
     """What is written about each competitor: spread of its figures, and of its per-round ratios to each baseline."""
     competitors: dict[str, Any] = {}
     for name, found in samples.items():
-        ratios = {}
-        for baseline in group.baselines:
-            if baseline != name and baseline in samples:
-                pairs = zip(found, samples[baseline], strict=True)
-                ratios[baseline] = spread([own[SECONDS] / other[SECONDS] for own, other in pairs])
-        figures = {figure: spread([one[figure] for one in found]) for figure in found[0]}
         run = group.runs.get(name)
         kind = "derived" if run is None else "compared" if run.compared else "information"
-        competitors[name] = {"kind": kind, "figures": figures, "ratios": ratios}
+        figures = {figure: spread([one[figure] for one in found]) for figure in found[0]}
+        over = {figure: ratios(figure, name, samples, group.baselines) for figure in (SECONDS, *group.ratios_of)}
+        competitors[name] = {"kind": kind, "figures": figures, "ratios": over.pop(SECONDS), "ratios_of": over}
     return competitors
 
 
@@ -297,9 +311,12 @@ def run_group(group: Group, options: Options, progress: str | None = None) -> di
         Unequal: the outputs differ.
     """
     worst = check_equal(group)
+    once = {name: run.once() for name, run in group.runs.items() if run.once is not None}
     if group.prepare is not None:
         group.prepare()
     samples = measure(group, options, progress=progress)
+    for name, figures in once.items():
+        samples[name] = [{**one, **figures} for one in samples[name]]
     return {
         "title": group.title,
         "baselines": list(group.baselines),

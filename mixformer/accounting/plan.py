@@ -1,0 +1,222 @@
+"""What fits into a given memory, and what would make the rest fit, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from mixformer.accounting.changes import (
+    OF_ACTIVATIONS,
+    Change,
+    Setup,
+    bits_4,
+    bits_8,
+    checkpointing,
+    chunked_loss,
+    config_of,
+    half_context,
+    lora,
+    one_row,
+    smaller_dtype,
+    twice_the_devices,
+    variant_of,
+    workload_of,
+)
+from mixformer.accounting.memory import MemoryUse, inference_memory, is_sharded, loading_memory, training_memory
+from mixformer.accounting.parameters import part_sizes, total_size
+from mixformer.accounting.peaks import answering_peaks, training_peaks, training_twin
+
+LOADING, INFERENCE, TRAINING = "loading", "inference", "training"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change, made together with those before it in its list.
+
+    Attributes:
+        change: what to do.
+        setting: how, as a configuration or the command line says it.
+        total: bytes that are needed then.
+        fits: whether they are there.
+    """
+
+    change: str
+    setting: str
+    total: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What one use of the model needs of one device.
+
+    Attributes:
+        name: `loading`, `inference`, or `training` with the stage's name.
+        setup: how it is used.
+        use: what it needs.
+        fits: whether that is there; None where no memory was given.
+        remedies: ways to make it fit, each a list of changes that are made one after the other.
+    """
+
+    name: str
+    setup: Setup
+    use: MemoryUse
+    fits: bool | None = None
+    remedies: list[list[Remedy]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs.
+
+    Attributes:
+        model: its class.
+        parameters: how many it has.
+        dtype: of most of its weights.
+        memory: bytes of each device, if given.
+        purposes: what it may be used for.
+    """
+
+    model: str
+    parameters: int
+    dtype: str
+    memory: int | None
+    purposes: list[Purpose]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        found = dataclasses.asdict(self)
+        for made, purpose in zip(found["purposes"], self.purposes, strict=True):
+            made["use"] = {"total": purpose.use.total, **purpose.use.parts}
+        return found
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of training.
+
+    Attributes:
+        name: of it; empty where a configuration has none.
+        config: options of the loop (`TrainConfig`).
+        batch, context: sizes that its task says; None where it says none.
+    """
+
+    name: str
+    config: Any
+    batch: int | None = None
+    context: int | None = None
+
+
+def make_plan(
+    model: Any, setup: Setup, memory: int | None = None, stages: Sequence[PlannedStage] = (), engine: str = "auto",
+    copied: bool = True,
+) -> Plan:
+    """What loading, answering and training need, and what would make it fit.
+
+    Args:
+        model: on the meta device, of the dtypes that it is loaded in; it is left alone.
+        setup: how it is used.
+        memory: bytes of each device; None not to judge.
+        stages: of training; none for one that trains everything with the loop's defaults.
+        engine: `fsdp`, `ddp` or `auto`, for several devices.
+        copied: as of `loading_memory`.
+
+    Raises:
+        ValueError: sizes that the model does not take.
+    """
+    with tqdm(desc="Forwards and backwards without memory", unit="", leave=False, disable=None) as bar:
+        planner = _Planner(model, engine, copied, bar)
+        purposes = [planner.purpose(LOADING, setup, memory), planner.purpose(INFERENCE, setup, memory)]
+        for stage in stages or _default_stages():
+            name = f"{TRAINING} ({stage.name})" if stage.name else TRAINING
+            used = replace(setup, batch=stage.batch or setup.batch, context=stage.context or setup.context)
+            purposes.append(planner.purpose(name, used, memory, stage.config))
+    size = total_size(part_sizes(model).values())
+    most = max(size.bytes, key=lambda dtype: size.bytes[dtype])
+    return Plan(type(model).__name__, size.parameters, most, memory, purposes)
+
+
+def _default_stages() -> list[PlannedStage]:
+    from mixformer.train import TrainConfig
+
+    return [PlannedStage("", TrainConfig())]
+
+
+class _Planner:
+    """Estimates of one model; what is run on the meta device is run once."""
+
+    def __init__(self, model: Any, engine: str, copied: bool, bar: Any) -> None:
+        self.model, self.engine, self.copied, self.bar = model, engine, copied, bar
+        self._known: dict[Any, Any] = {}
+
+    def purpose(self, name: str, setup: Setup, memory: int | None, config: Any = None) -> Purpose:
+        """What a use of the model needs, and what would make it fit."""
+        use = self.use(name, setup, config)
+        if memory is None:
+            return Purpose(name, setup, use)
+        fits = use.total <= memory
+        return Purpose(name, setup, use, fits, [] if fits else self._remedies(name, setup, memory, config))
+
+    def use(self, name: str, setup: Setup, config: Any) -> MemoryUse:
+        """What a use of the model needs of one device."""
+        if name == LOADING:
+            return loading_memory(variant_of(self.model, setup), setup.bits, self.copied or setup.dtype is not None)
+        key = name, replace(setup, bits=None, devices=1)
+        if key not in self._known:
+            self._known[key] = self._run(name, setup, config)
+        model, peaks = self._known[key]
+        if name == INFERENCE:
+            return inference_memory(model, peaks, setup.bits)
+        return training_memory(model, peaks, setup.devices, is_sharded(self.model, self.engine), setup.bits)
+
+    def _run(self, name: str, setup: Setup, config: Any) -> tuple[Any, Any]:
+        self.bar.update()
+        model = variant_of(self.model, setup)
+        workload = workload_of(model, setup)
+        config = config_of(config, setup) if name != INFERENCE else None
+        twin = model if config is None else training_twin(model, config)
+        try:
+            if config is None:
+                return twin, answering_peaks(twin, workload)
+            return twin, training_peaks(twin, config, workload)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}: the model does not run on the meta device: {error}. Parts of several dtypes need `autocast` "
+                f"in training, and one `dtype` otherwise."
+            ) from error
+
+    def _remedies(self, name: str, setup: Setup, memory: int, config: Any) -> list[list[Remedy]]:
+        def follow(setup: Setup, changes: Sequence[Change]) -> tuple[list[Remedy], Setup]:
+            made: list[Remedy] = []
+            use = self.use(name, setup, config)
+            for change in changes:
+                if use.total <= memory:
+                    break
+                of_activations = change in OF_ACTIVATIONS and use.parts.get("activations", 0) < use.total // 10
+                found = None if of_activations else change(self.model, setup, config)
+                then = None if found is None else self.use(name, found[2], config)
+                if found is None or then is None or then.total > 0.99 * use.total:
+                    continue
+                text, setting, setup = found
+                use = then
+                made.append(Remedy(text, setting, use.total, use.total <= memory))
+            return made, setup
+
+        quantised, shorter = [smaller_dtype, bits_8, bits_4], [half_context] * 6
+        if name == LOADING:
+            return [follow(setup, quantised)[0]]
+        if name == INFERENCE:
+            return [follow(setup, [smaller_dtype, one_row, bits_8, bits_4, *shorter])[0]]
+        saving: list[Change] = [chunked_loss, checkpointing, one_row]
+        saved, after = follow(setup, saving)
+        if saved and saved[-1].fits:
+            return [saved]
+        ways: list[list[Change]] = [[lora, *saving, *quantised, *shorter]]
+        if is_sharded(self.model, self.engine):
+            ways.append([twice_the_devices, *saving, *[twice_the_devices] * 9])
+        found = [saved + follow(after, way)[0] for way in ways]
+        return [way for way in found if way]
