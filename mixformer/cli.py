@@ -73,6 +73,10 @@ def console(arguments: Sequence[str] | None = None) -> None:
     verb = verbs.add_parser("plot", help="draw the curves of a training run to a PNG", allow_abbrev=False)
     verb.add_argument("run", help="the output of a training run, a folder of logs, or a .jsonl log")
     verb.add_argument("--output", metavar="FILE", help="the picture (default: curves.png beside the logs)")
+    merge = importlib.import_module("mixformer.merge")
+    merge.add_arguments(
+        verbs.add_parser("merge", help="add LoRA updates to the weights, and save the result", allow_abbrev=False)
+    )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
     data_verbs = _data_parser(verbs)
     converting = importlib.import_module("mixformer.convert")
@@ -93,6 +97,11 @@ def console(arguments: Sequence[str] | None = None) -> None:
             return
         if options.verb == "convert":
             converting.convert_command(options, overrides)
+            return
+        if options.verb == "merge":
+            if overrides:
+                raise ValueError(f"There is no option {overrides[0]}: see mixformer merge --help.")
+            merge.merge_command(options)
             return
         if options.verb == "plot":
             split_overrides(overrides)

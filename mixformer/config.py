@@ -290,6 +290,8 @@ class Settings:
         sections: the sections of the other jobs, by name.
         given: the keys that were set, nested, defaults left out.
         file: the configuration file.
+        left_out: mixins that the file names and an override sets to null: not added, and taken out of a checkpoint that
+            has them.
     """
 
     model: TransformerConfig
@@ -306,6 +308,7 @@ class Settings:
     sections: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def train(self) -> Any:
@@ -358,14 +361,18 @@ class Settings:
         """
         if self.weights is None:
             return self.build_model(device)
+        import torch
+
         from mixformer.checkpoint import from_pretrained, recognise
 
         set_keys = self.given.get("model") or {}
         own = recognise(self.weights) == "own"
-        model = from_pretrained(
-            self.weights, dtype=self.torch_dtype(), device=device or self.device, mixins=self._known_classes(),
-            overrides=None if own else _set_values(set_keys, self.model), quantise=self.quantise,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)  # what is added to the checkpoint begins with it
+            model = from_pretrained(
+                self.weights, dtype=self.torch_dtype(), device=device or self.device, mixins=self._known_classes(),
+                overrides=None if own else _set_values(set_keys, self.model), quantise=self.quantise,
+            )
         if not isinstance(model, self.model_class):
             raise ValueError(
                 f"weights: {self.weights} holds a {type(model).__name__}, not a {self.model_class.__name__}. Run "
@@ -396,7 +403,8 @@ class Settings:
         owner = dict(model.nested_models()).get(outer) if outer else model
         present = owner is not None and name in owner.mixins
         if mixin is None:
-            if present or self.weights is None or not self._composes(path):
+            missed = path not in self.left_out and (self.weights is None or not self._composes(path))
+            if present or missed:
                 model.del_mixin(path)
             return
         made = mixin.build(f"mixins.{path}")
@@ -455,6 +463,7 @@ def read_settings(
     if file is not None:
         values = _resolve_paths(values, Path(file).parent)
     source = "defaults" if file is None else str(file)
+    values, overrides = _into_lists(values, overrides)
     given = _with_overrides(values, overrides)
     if model_class is None:
         named = given.get("model_class")
@@ -655,7 +664,48 @@ def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return merged
 
 
+def _into_lists(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Put what overrides say of the entries of lists, as `--train.stages.0.loop.steps 5`, into the file's; the others.
+
+    Raises:
+        ValueError: a list has no such entry.
+    """
+    values, others = _copied(values), []
+    for path, text in split_overrides(overrides):
+        place: Any = values
+        in_list = False
+        for depth, part in enumerate(path[:-1]):
+            if isinstance(place, list):
+                place, in_list = _entry(place, part, ".".join(path[:depth])), True
+            elif isinstance(place, dict) and (in_list or part in place):
+                place[part] = {} if place.get(part) is None else place[part]
+                place = place[part]
+            else:
+                break
+        if isinstance(place, list):
+            place[place.index(_entry(place, path[-1], ".".join(path[:-1])))] = _parsed(text)
+        elif in_list and isinstance(place, dict):
+            place[path[-1]] = _parsed(text)
+        else:
+            others.append(f"--{'.'.join(path)}={text}")
+    return values, others
+
+
+def _entry(entries: list[Any], part: str, where: str) -> Any:
+    """The entry of a list that has this number, from 0, or this name."""
+    named = [entry for entry in entries if isinstance(entry, dict) and entry.get("name") == part]
+    if named or (part.isdecimal() and int(part) < len(entries)):
+        return named[0] if named else entries[int(part)]
+    names = [str(entry.get("name")) for entry in entries if isinstance(entry, dict) and "name" in entry]
+    raise ValueError(
+        f"command line: {where} has no entry '{part}'. It has {len(entries)}, numbered from 0"
+        f"{', named ' + ', '.join(names) if names else ''}."
+    )
+
+
 def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
@@ -766,8 +816,8 @@ def _typed(
     mixins = {
         str(name): None if mixin is None else _mixin_config(mixin, f"{source}: mixins.{name}")
         for name, mixin in (given.get("mixins") or {}).items()
-        if mixin is not None or (values.get("mixins") or {}).get(name) is None  # else the file's own is left out
     }
+    left_out = {name for name, mixin in mixins.items() if mixin is None and (values.get("mixins") or {}).get(name)}
     sections = {key: getattr(made, key) for key in typed}
     sections.update({key: given[key] for key in wanted if key not in typed and key in given})
     folders = ("weights", "processor", "tokenizer")
@@ -775,7 +825,7 @@ def _typed(
     return Settings(
         model=made.model, model_class=model_class, mixins=mixins, **paths,
         device=made.device, dtype=made.dtype, quantise=made.quantise, seed=made.seed, chat=made.chat,
-        sections=sections, given=given, file=file,
+        sections=sections, given=given, file=file, left_out=left_out,
     )
 
 

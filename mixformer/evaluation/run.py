@@ -41,7 +41,7 @@ class FileEvaluation(Evaluation):
     Attributes:
         files: of questions, relative to where the command runs.
         metrics: any of exact_match, vqa_accuracy, box_accuracy, centre_in_box and perplexity. Each judges the questions
-            that have references for it.
+            that have references for it, and is left out for files that have none.
         template: of the prompts; None for the processor's.
         max_new_tokens: of an answer.
         sample: draw answers, with temperature, top_k, top_p, min_p, repetition_penalty; None takes the likeliest.
@@ -91,14 +91,18 @@ class FileEvaluation(Evaluation):
             supervised tokens for perplexity.
 
         Raises:
-            ValueError: no processor, a file that cannot be used, a line without a question, a metric that no line of a
-                file has references for, a question that the model refuses; named by file and line.
+            ValueError: no processor, a file that cannot be used, a line without a question, a metric that no line, or a
+                file that no metric, has references for, a question that the model refuses; named by file and line.
         """
         if processor is None:
             raise ValueError("FileEvaluation needs the model's processor: set `processor:` in the configuration file.")
         config = processor.config
         slot = config.spelling.image_slot if config.place == "slot" else None
         found = {file: self._questions(file, slot) for file in self.files}
+        useful = {metric for asked in found.values() for metric in self._metrics_for(asked)}
+        for metric in self.metrics:
+            if metric not in useful:
+                raise ValueError(_no_references(", ".join(found), [metric], sum(map(len, found.values()))))
         chosen = self.template or config.template
         about: dict[str, Any] = {
             "checkpoint": memory_hash(model) if self.checkpoint is None else checkpoint_hash(self.checkpoint),
@@ -120,18 +124,20 @@ class FileEvaluation(Evaluation):
     def _questions(self, file: str, slot: str | None) -> list[_Asked]:
         """The file's questions; all that may be wrong with them comes to light before the first is asked."""
         asked = [_asked(record, slot) for record in open_records(file)[: self.max_samples]]
-        for metric in self.metrics:
-            if metric in METRICS and not any(applies(metric, each.known(metric)) for each in asked):
-                raise ValueError(
-                    f"{file}: {metric} can judge none of its {len(asked)} lines. exact_match takes the assistant's "
-                    f"message or `answers`; vqa_accuracy the `answers` of several people; boxes stand in the texts as "
-                    f"[[x0,y0,x1,y1]], or are `objects`."
-                )
-            if metric == PERPLEXITY:
-                lacking = next((each for each in asked if not each.references), None)
-                if lacking is not None:
-                    raise ValueError(f"{lacking.where} has no answer to take the perplexity of.")
+        if PERPLEXITY in self.metrics:
+            lacking = next((each for each in asked if not each.references), None)
+            if lacking is not None:
+                raise ValueError(f"{lacking.where} has no answer to take the perplexity of.")
+        if not self._metrics_for(asked):
+            raise ValueError(_no_references(file, self.metrics, len(asked)))
         return asked
+
+    def _metrics_for(self, asked: list[_Asked]) -> list[str]:
+        """The metrics that some of the questions have references for."""
+        return [
+            metric for metric in self.metrics
+            if metric == PERPLEXITY or any(applies(metric, each.known(metric)) for each in asked)
+        ]
 
     def _judge(
         self, model: Any, processor: Any, file: str, asked: list[_Asked], about: Mapping[str, Any]
@@ -141,11 +147,11 @@ class FileEvaluation(Evaluation):
         records = _Records(Path(self.answers) / f"{Path(file).stem}-{_digest(run)[:16]}.jsonl")
         bar = tqdm(total=len(asked), desc=Path(file).stem, disable=not self.progress)
         with bar, records:
-            if any(metric in METRICS for metric in self.metrics):
+            if any(metric in METRICS for metric in self._metrics_for(asked)):
                 self._answer(model, processor, asked, records, bar)
             if PERPLEXITY in self.metrics:
                 self._measure(model, processor, asked, records, bar)
-        scores = {metric: self._score(metric, asked, records) for metric in self.metrics}
+        scores = {metric: self._score(metric, asked, records) for metric in self._metrics_for(asked)}
         return {"sha256": digest, "samples": len(asked), "answers": str(records.path), "scores": scores}
 
     def _answer(self, model: Any, processor: Any, asked: list[_Asked], records: _Records, bar: Any) -> None:
@@ -188,6 +194,14 @@ class FileEvaluation(Evaluation):
         judged = [(index, references) for index, references in known if applies(metric, references)]
         scores = [METRICS[metric](records.of(index)["answer"], references) for index, references in judged]
         return {"score": sum(scores) / len(scores), "count": len(scores)}
+
+
+def _no_references(files: str, metrics: list[str], number: int) -> str:
+    return (
+        f"{files}: {' and '.join(metrics)} can judge none of its {number} lines. exact_match takes the assistant's "
+        f"message or `answers`; vqa_accuracy the `answers` of several people; boxes stand in the texts as "
+        f"[[x0,y0,x1,y1]], or are `objects`."
+    )
 
 
 @dataclass(frozen=True)

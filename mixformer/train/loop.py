@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -97,7 +98,7 @@ class TrainConfig:
         log_path: JSON-lines file that is appended to.
         trackers: `tensorboard` and `wandb` take the log as well.
         state_path: file with all that a resumed run needs, replaced whole every `save_every` steps and at the end.
-        save_every: steps between saves; 0 for the end only, and for SIGTERM.
+        save_every: steps between saves; 0 for the end only, and for SIGTERM and Ctrl-C.
         save_at_end: write the state when all steps are done.
         keep_last: states that are kept; if more than one, each has its step in its name.
         resume: go on from the newest state at `state_path` if there is one.
@@ -264,6 +265,7 @@ def train(
         FloatingPointError: a loss or gradient that is not finite; the weights are those of the last good step, and
             no state is written.
         SystemExit: 143 after SIGTERM, when the state has been saved.
+        KeyboardInterrupt: after Ctrl-C, likewise.
     """
     task = batches if isinstance(batches, Task) else GivenBatches(batches, loss)
     engine = engine or Engine()
@@ -330,7 +332,7 @@ class _Run:
                 if self._saves(done) or stopped:
                     self._save(done)
                 if stopped:
-                    raise SystemExit(self._stopped(done))
+                    raise self._stopped(done, stop)
         if self.average is not None and config.ema_for != "validation":
             self.average.copy_to_model()
         validated = {f"validation_{name}": value for name, value in self.validated.items()}
@@ -532,12 +534,13 @@ class _Run:
             return stop.asked
         return bool(self.engine.total(torch.tensor(int(stop.asked), device=self.device)))
 
-    def _stopped(self, done: int) -> int:
+    def _stopped(self, done: int, stop: StopRequest) -> BaseException:
+        by = signal.Signals(stop.number or signal.SIGTERM)
         if self.engine.rank == 0:
             path = self.config.state_path
             left = f"{path} has its state: resume it" if path else "no state_path is set, so its state is lost"
-            print(f"Training was stopped by SIGTERM after step {done}; {left}.", file=sys.stderr)
-        return 143
+            print(f"Training was stopped by {by.name} after step {done}; {left}.", file=sys.stderr)
+        return KeyboardInterrupt() if by == signal.SIGINT else SystemExit(128 + by)
 
 
 class _TokenRate:

@@ -162,28 +162,41 @@ def kept_random_states() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether SIGTERM has come; a second one ends the process at once.
+    """Whether SIGTERM or Ctrl-C (SIGINT) has come; the same one again ends the process at once.
 
     Only the main thread of a process can listen; in others, nothing is changed.
+
+    Attributes:
+        number: of the signal that came first; None if none did.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether one has come."""
+        return self.number is not None
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """While entered, SIGTERM is noted instead of ending the process."""
+        """While entered, the signals are noted instead of ending the process."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def note(number: int, frame: Any) -> None:
-            self.asked = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if number == signal.SIGINT:
+                os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
+            self.number = number if self.number is None else self.number
+            signal.signal(number, signal.SIG_DFL)
 
-        signal.signal(signal.SIGTERM, note)
+        for number, handler in before.items():
+            if number == signal.SIGTERM or handler is signal.default_int_handler:
+                signal.signal(number, note)
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
