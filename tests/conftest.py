@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +14,20 @@ from mixformer import BaseModel
 from mixformer.testing import jitter, tiny_model
 
 torch.set_num_threads(1)
+LIMIT = 400  # seconds; a test that takes longer hangs, and a suite that hangs tells nobody where
+_stderr: list[int] = []
+
+
+def pytest_configure() -> None:
+    _stderr.append(os.dup(sys.__stderr__.fileno()))  # before output is captured
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """End the whole run, with the stacks of all threads, at a test that hangs."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=_stderr[0])
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

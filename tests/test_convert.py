@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import re
 import resource
 import shutil
@@ -16,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from golden_cases import GOLDEN, HF_CASES, SAT_CASES, batch_of, constants, model_of
@@ -606,14 +605,14 @@ def test_templates_are_translated_between_hf_and_sat(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------ whole or not at all
 
 
-def pausing(folder: Path, goal: Path, format: str, marker: Path) -> None:
+def pausing(folder: Path, source: str, goal: str, format: str) -> None:
     """Convert, and wait for ever in the middle of the weights."""
     written = [0]
 
     def pause(tensor: torch.Tensor) -> memoryview:
         written[0] += 1
         if written[0] == 8:
-            marker.write_text("now")
+            (folder / "marker").write_text("now")
             time.sleep(600)
         return plain(tensor)
 
@@ -622,23 +621,21 @@ def pausing(folder: Path, goal: Path, format: str, marker: Path) -> None:
 
     plain = mixformer.shard_writer.bytes_of
     mixformer.shard_writer.bytes_of = models.weights.sat_writer.bytes_of = pause
-    convert(folder, goal, format, max_shard_size="4KB")
+    convert(source, goal, format, max_shard_size="4KB")
 
 
 @pytest.mark.parametrize("format", ["own", "hf", "sat"])
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(
     format: str, hf: Path, target: Path, tmp_path: Path
 ) -> None:
-    before, marker = everything_in(hf), tmp_path / "marker"
-    process = multiprocessing.get_context("fork").Process(target=pausing, args=(hf, target, format, marker))
-    process.start()
-    assert process.pid is not None
-    while not marker.exists():
-        assert process.is_alive()
+    before, there = everything_in(hf), tmp_path / "process"
+    group = forks.shared().start("test_convert.pausing", there, str(hf), str(target), format, world_size=1)
+    deadline = time.monotonic() + 60
+    while not (there / "marker").exists():
+        assert time.monotonic() < deadline, group.output()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    group.kill()
+    assert group.wait() == [-signal.SIGKILL]
     left = list(target.parent.iterdir())
     assert len(left) == 1 and left[0].name.startswith(".target.new-") and list(left[0].rglob("*model*"))
     with pytest.raises(ValueError, match="is no checkpoint"):
@@ -658,22 +655,21 @@ def test_free_space_is_looked_at_first(hf: Path, target: Path, monkeypatch: pyte
     assert list(target.parent.iterdir()) == []
 
 
-def limited(folder: Path, goal: Path, format: str, said: Path) -> None:
+def limited(folder: Path, source: str, goal: str, format: str) -> None:
     """Convert while files may not grow beyond a few kilobytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
     try:
-        convert(folder, goal, format)
+        convert(source, goal, format)
     except OSError as error:
-        said.write_text(str(error))
+        (folder / "said").write_text(str(error))
 
 
 @pytest.mark.parametrize("format", ["own", "hf", "sat"])
 def test_a_disk_that_becomes_full_leaves_nothing(format: str, hf: Path, target: Path, tmp_path: Path) -> None:
-    before, said = everything_in(hf), tmp_path / "said"
-    process = multiprocessing.get_context("fork").Process(target=limited, args=(hf, target, format, said))
-    process.start()
-    process.join()
-    assert "target could not be written" in said.read_text() and "is as it was" in said.read_text()
+    before, there = everything_in(hf), tmp_path / "process"
+    forks.shared().run("test_convert.limited", there, str(hf), str(target), format, world_size=1)
+    said = (there / "said").read_text()
+    assert "target could not be written" in said and "is as it was" in said
     assert list(target.parent.iterdir()) == [] and everything_in(hf) == before
 
 

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,17 +142,25 @@ def test_perplexity_of_tokens_that_are_one_in_eight_is_eight() -> None:
 # ---------------------------------------------------------------- evaluations of files
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def small_model() -> Any:
     made = tiny_model("cogvlm", vocab_size=119)
     jitter(made)
     return made.eval()
 
 
-@pytest.fixture(scope="module")
-def processor() -> Processor:
+def small_processor() -> Processor:
     config = ProcessorConfig("hf-cogvlm", image_size=28, pad_id=3, placeholder_id=5)
     return Processor(config, load_tokenizer(SHAPES))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return small_processor()
 
 
 def evaluation(tmp_path: Path, **options: Any) -> FileEvaluation:
@@ -266,27 +275,31 @@ def test_one_other_bit_in_the_weights_is_another_checkpoint(processor: Processor
     assert len(list((tmp_path / "answers").iterdir())) == 2  # and answers of the two do not mix
 
 
+SAMPLED: dict[str, Any] = {"sample": {"temperature": 2.0}, "seed": 3, "metrics": ["exact_match", "perplexity"]}
+
+
+def evaluate_and_die(folder: Path, kill_at: int) -> None:
+    """Evaluate, in a process of its own that is killed while it writes an answer."""
+    add, done = run._Records.add, [0]
+
+    def add_or_die(self: Any, *arguments: Any, **values: Any) -> None:
+        done[0] += 1
+        if done[0] == kill_at:
+            os.write(self._file, b'{"index": 3, "wh')  # a line that was cut
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, *arguments, **values)
+
+    run._Records.add = add_or_die  # type: ignore[method-assign]
+    evaluation(folder, **SAMPLED)(small_model(), small_processor())
+
+
 @pytest.mark.parametrize("kill_at", [1, 4, 9])
 def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
     model: Any, processor: Processor, tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"sample": {"temperature": 2.0}, "seed": 3, "metrics": ["exact_match", "perplexity"]}
-    whole = evaluation(tmp_path / "whole", **options)(model, processor)
-    child = os.fork()
-    if child == 0:
-        add, done = run._Records.add, [0]
-
-        def add_or_die(self: Any, *arguments: Any, **values: Any) -> None:
-            done[0] += 1
-            if done[0] == kill_at:
-                os.write(self._file, b'{"index": 3, "wh')  # a line that was cut
-                os.kill(os.getpid(), signal.SIGKILL)
-            add(self, *arguments, **values)
-
-        run._Records.add = add_or_die  # type: ignore[method-assign]
-        evaluation(tmp_path / "killed", **options)(model, processor)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    whole = evaluation(tmp_path / "whole", **SAMPLED)(model, processor)
+    group = forks.shared().start("test_evaluation.evaluate_and_die", tmp_path / "killed", kill_at, world_size=1)
+    assert group.wait() == [-signal.SIGKILL], group.output()
     (file,) = (tmp_path / "killed" / "answers").iterdir()
     assert len(file.read_bytes().splitlines()) == kill_at
     counted: list[int] = []
@@ -298,7 +311,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
             yield index, answer
 
     monkeypatch.setattr(run, "answers", counting)
-    resumed = evaluation(tmp_path / "killed", **options)(model, processor)
+    resumed = evaluation(tmp_path / "killed", **SAMPLED)(model, processor)
     assert len(counted) == 10 - (kill_at - 1)
     assert recorded(resumed) == recorded(whole)
     assert only(resumed)["scores"] == only(whole)["scores"]
