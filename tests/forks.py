@@ -114,7 +114,7 @@ def warm_up() -> None:
     """Import what tests, training and configurations import when they first run."""
     for name in ("jsonargparse", "pytest"):
         importlib.import_module(name)
-    for name in ("checkpoint", "device_mesh", "fsdp", "nn.functional", "tensor", "checkpoint.state_dict"):
+    for name in ("checkpoint", "device_mesh", "fsdp", "tensor", "checkpoint.state_dict"):
         importlib.import_module(f"torch.distributed.{name}")
     for name in ("cli", "evaluation", "testing", "train.parallel", "train.tasks"):
         importlib.import_module(f"mixformer.{name}")
