@@ -5,14 +5,12 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -100,59 +98,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-class Processes:
-    """Starts processes that train; all are forks of one that has imported torch, which takes seconds."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def start(self, *arguments: Any) -> int:
-        """Call `run_once` in a new process, and return its id."""
-        assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(arguments) + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> int:
-        """Exit code of the process, minus the signal if one ended it."""
-        return int(self._line())
-
-    def _line(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline()
-
-    def close(self) -> None:
-        self.server.communicate(timeout=30)
-
-
-def serve() -> None:
-    """What the process behind `Processes` does."""
-    with tempfile.TemporaryDirectory() as folder:  # torch imports much when it first trains
-        run_once(Path(folder), None, {"steps": 1}, {})
-    for line in sys.stdin:
-        folder, *arguments = json.loads(line)
-        process = os.fork()
-        if process == 0:
-            code = 1
-            try:
-                run_once(Path(folder), *arguments)
-                code = 0
-            except SystemExit as stopped:
-                code = int(str(stopped.code))
-            finally:
-                os._exit(code)
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    made = Processes()
-    yield made
-    made.close()
+def start(folder: Path, *arguments: Any) -> forks.Group:
+    """Call `run_once` in a process of its own."""
+    return forks.shared().start("test_resume.run_once", folder, *arguments, world_size=1)
 
 
 def num_lines(log: Path) -> int:
@@ -164,9 +112,7 @@ def equal_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_killed_at_random_moments_gives_the_losses_of_an_unbroken_one(
-    tmp_path: Path, processes: Processes
-) -> None:
+def test_a_run_killed_at_random_moments_gives_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
     further = {"steps": 30}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -176,16 +122,16 @@ def test_a_run_killed_at_random_moments_gives_the_losses_of_an_unbroken_one(
     log = broken / "log.jsonl"
     while not (broken / "weights.pt").exists():
         resumed = newest_state(broken / "state.pt") is not None
-        process = processes.start(str(broken), killed if resumed else None, further, {"delay": 0.003})
-        wanted, deadline = num_lines(log) + source.randrange(1, 6), time.monotonic() + 20
+        process = start(broken, killed if resumed else None, further, {"delay": 0.003})
+        wanted, deadline = num_lines(log) + source.randrange(1, 6), time.monotonic() + 60
         while killed < 6 and num_lines(log) < wanted:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         if killed < 6:
             time.sleep(source.random() * 0.02)
-            os.kill(process, signal.SIGKILL)
+            process.kill()
             killed += 1
-        assert processes.wait() in (0, -signal.SIGKILL)
+        assert process.wait() in ([0], [-signal.SIGKILL])
     assert killed == 6
     assert records(broken) == records(whole)
     assert len(records(whole)) == 30 + 5
@@ -193,17 +139,17 @@ def test_a_run_killed_at_random_moments_gives_the_losses_of_an_unbroken_one(
     assert not list(broken.glob("*.partial"))
 
 
-def test_sigterm_saves_the_state_and_ends_with_143(tmp_path: Path, processes: Processes) -> None:
+def test_sigterm_saves_the_state_and_ends_with_143(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     further = {"save_every": 0, "steps": 25}
     run_once(whole, None, further, {})
-    process = processes.start(str(broken), None, further, {"delay": 0.01})
+    process = start(broken, None, further, {"delay": 0.01})
     while num_lines(broken / "log.jsonl") == 0:
         time.sleep(0.002)
-    os.kill(process, signal.SIGTERM)
-    assert processes.wait() == 143
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [143]
     done = torch.load(broken / "state.pt")["step"]
     assert 1 <= done < 25 and len(records(broken)) in (done, done + done // 7)
     run_once(broken, 8, further, {})
@@ -366,7 +312,3 @@ def test_stages_do_not_share_a_state(tmp_path: Path) -> None:
 def test_stages_write_no_state_unless_asked_to(tmp_path: Path) -> None:
     run_stages(small_model(), stages(), logs=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.jsonl", "second.jsonl", "third.jsonl"]
-
-
-if __name__ == "__main__":
-    serve()
