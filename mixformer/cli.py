@@ -79,7 +79,7 @@ def console(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was found")
     data_verbs = _data_parser(verbs)
-    converting = importlib.import_module("mixformer.convert")
+    converting = importlib.import_module("mixformer.conversion.run")
     converting.add_arguments(
         verbs.add_parser("convert", help="write a checkpoint in another format, tensor by tensor", allow_abbrev=False)
     )

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from mixformer.checkpoint import CONFIG, MARK, SOURCE, VERSION, _flat, _foreign_config, source_of
+from mixformer.checkpoint import CONFIG, MARK, SOURCE, VERSION, source_of
 from mixformer.composition import class_path, describe, encode, nested_in
 from mixformer.config import TransformerConfig
 from mixformer.filling import own_tensors, saving, tied_names
+from mixformer.formats import flat, foreign_config
 from mixformer.model import BaseModel
 from mixformer.shard_writer import write_file
 
@@ -282,7 +283,7 @@ def _config(model: BaseModel, found: Format, source: Source | None, shapes: Shap
     where = CONFIG_FILES[found.name.partition("-")[0]]
     dtype, names_dtype = str(model.dtype).removeprefix("torch."), found.name.startswith("hf-")
     if source is not None:
-        again = _foreign_config(found, source.config, shapes, source.overrides, where)
+        again = foreign_config(found, source.config, shapes, source.overrides, where)
         if not _differences(again, model.config):
             content = dict(source.config)
             if source.dtype != dtype and names_dtype:
@@ -296,8 +297,8 @@ def _config(model: BaseModel, found: Format, source: Source | None, shapes: Shap
         origin = {**_description(kept), "tensors": list(kept.tensors)}
         origin["config"] = {name: value for name, value in kept.config.items() if name != ORIGIN}
         content[ORIGIN] = origin
-    lacking = {path: value for path, value in _flat(asdict(model.config)) if path in found.lacks}
-    again = _foreign_config(found, content, shapes, lacking, where)
+    lacking = {path: value for path, value in flat(asdict(model.config)) if path in found.lacks}
+    again = foreign_config(found, content, shapes, lacking, where)
     differences = _differences(again, model.config)
     if not differences and _differs_without(lacking, found, content, shapes, model.config):
         content[MARK] = lacking
@@ -313,7 +314,7 @@ def _differs_without(
     lacking: dict[str, Any], found: Format, content: dict[str, Any], shapes: Shapes, config: Any
 ) -> bool:
     try:
-        plain = dict(_flat(asdict(_foreign_config(found, content, shapes, None, "config.json"))))
+        plain = dict(flat(asdict(foreign_config(found, content, shapes, None, "config.json"))))
     except ValueError:
         return True
     return any(plain[path] != value for path, value in lacking.items())

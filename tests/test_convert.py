@@ -20,13 +20,13 @@ import torch
 from golden_cases import GOLDEN, HF_CASES, SAT_CASES, batch_of, constants, model_of
 from safetensors.torch import load_file, save_file
 
-import mixformer.convert as converting
+import mixformer.conversion.run as converting
 from mixformer import BaseModel, from_pretrained, load_processor, save_pretrained
 from mixformer.checkpoint import recognise
 from mixformer.cli import console
 from mixformer.connectors.glu import GLUAdapterConfig
 from mixformer.contents import foreign_contents, own_contents
-from mixformer.convert import convert
+from mixformer.conversion import convert
 from mixformer.mixins import LoRAMixin, PrefixTuningMixin
 from mixformer.shard_writer import write_shards
 from mixformer.shards import INDEX, SafetensorsFolder

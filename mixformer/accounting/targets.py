@@ -60,7 +60,7 @@ def shapes_of(settings: Settings) -> Any:
     dtype = settings.torch_dtype()
     if dtype is not None:
         return model.to(dtype)
-    from mixformer.opened import Opened
+    from mixformer.conversion.opened import Opened
 
     with Opened(settings.weights, mixins=settings._known_classes(), verify=False) as opened:
         stored = {name: tensor.dtype for name, tensor in opened.model.state_dict(keep_vars=True).items()}

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mixformer.conversion.updates import Update, updates_of
 from mixformer.mixins.lora import LoRAMixin
 from mixformer.model import BaseModel
 from mixformer.sites import Linear, all_sites
-from mixformer.updates import Update, updates_of
 from models.weights.rules import Rule
 from models.weights.sat_folder import SATFolder, split_of
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from mixformer.checkpoint import _foreign_config, _foreign_format, _Renamed, from_pretrained, recognise, set_source
+from mixformer.checkpoint import from_pretrained, recognise, set_source
 from mixformer.filling import fill, slots_of
+from mixformer.formats import Renamed, foreign_config, foreign_format
 from mixformer.model import BaseModel
 from mixformer.shards import SafetensorsFolder, TensorSource
 
@@ -25,7 +26,7 @@ class Opened:
         overrides: constants that a foreign format lacks; see `from_pretrained`.
         mixins: classes outside `mixformer` and `models`; see `from_pretrained`.
         trust: import such classes; see `from_pretrained`.
-        verify: check the recorded SHA-256 of every shard (own format).
+        verify: check the recorded SHA-256 of every shard (own format), meanwhile: `close` waits for it.
         lora_alpha: as SAT's `LoraMixin` was given it, which its files do not record.
 
     Attributes:
@@ -47,6 +48,7 @@ class Opened:
         lora_alpha: float = 1.0,
     ) -> None:
         self.folder, self.format = folder, recognise(folder)
+        self.weights: TensorSource
         with ExitStack() as stack:
             if self.format == "own":
                 self._open_own(stack, overrides, mixins, trust, verify)
@@ -61,8 +63,10 @@ class Opened:
         from models.weights import Rule
 
         self.model: BaseModel = from_pretrained(self.folder, None, "meta", overrides, mixins, trust)
-        self.weights: TensorSource = SafetensorsFolder(self.folder, verify)
-        stack.callback(self.weights.close)
+        self.weights = weights = SafetensorsFolder(self.folder, verify=False)
+        stack.callback(weights.close)
+        if verify:
+            stack.enter_context(weights.verifying())
         self._take({name: Rule(name, (name,)) for name in slots_of(self.model)})
 
     def _open_foreign(self, stack: ExitStack, overrides: Mapping[str, Any] | None, lora_alpha: float) -> None:
@@ -70,12 +74,12 @@ class Opened:
         from models.weights.rules import spelling
         from models.weights.sat_lora import add_lora
 
-        found, content, is_sat = _foreign_format(self.folder)
+        found, content, is_sat = foreign_format(self.folder)
         stored = SATFolder(self.folder, content, lora=True) if is_sat else SafetensorsFolder(self.folder)
         stack.callback(stored.close)
-        self.weights = weights = _Renamed(stored, found.renamed)
+        self.weights = weights = Renamed(stored, found.renamed)
         where = self.folder / ("model_config.json" if is_sat else "config.json")
-        config = _foreign_config(found, content, weights.shapes, overrides, str(where))
+        config = foreign_config(found, content, weights.shapes, overrides, str(where))
         self.model = found.model(config, device="meta").eval()
         rules = found.rules(config)
         if isinstance(stored, SATFolder):
@@ -118,13 +122,21 @@ class Opened:
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 
+    def close(self) -> None:
+        """Close the files, once all that was to be checked is.
+
+        Raises:
+            ValueError: a shard is damaged.
+        """
+        self._stack.close()
+
     def __enter__(self) -> Opened:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def retype(slots: list[tuple[nn.Module, str, torch.Tensor]], dtype: torch.dtype) -> None:

@@ -22,16 +22,16 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from mixformer.beside import files_beside, write_beside
 from mixformer.checkpoint import replacing, set_source, source_of
 from mixformer.config import split_overrides
 from mixformer.contents import Contents, Part, foreign_contents, own_contents
+from mixformer.conversion.beside import files_beside, write_beside
+from mixformer.conversion.opened import Opened, retype
+from mixformer.conversion.target import check_fresh, check_places, in_words, lacking_space, leftovers, told
+from mixformer.conversion.updates import Merged, updates_of, without_lora
 from mixformer.filling import PROGRESS_FROM, find_dtype, slots_of
 from mixformer.model import BaseModel
-from mixformer.opened import Opened, retype
 from mixformer.shard_writer import bytes_of, plan_shards, write_shards
-from mixformer.target import check_fresh, check_places, in_words, lacking_space, leftovers, told
-from mixformer.updates import Merged, updates_of, without_lora
 
 if TYPE_CHECKING:
     from models.weights import Rule
@@ -107,7 +107,7 @@ def convert(
     folder, goal, wanted = Path(source).resolve(), Path(target).resolve(), find_dtype(dtype)
     _check_options(format, parts, lora, wanted)
     check_places(folder, goal)
-    with Opened(folder, overrides, mixins, trust, lora_alpha=lora_alpha) as opened:
+    with Opened(folder, overrides, mixins, trust, verify=not dry_run, lora_alpha=lora_alpha) as opened:
         reading = _Reading(opened, wanted, lora == "merge")
         contents = _contents(opened.model, format, parts, lora_alpha)
         tensors = contents.tensors(reading.shape)
@@ -144,6 +144,7 @@ def convert(
                 with again, _bar(size, "Verifying") as bar:
                     _compare(again, contents, reading, bar.update)
                 report.verified = True
+            opened.close()
             check_fresh(goal)
     return report
 
