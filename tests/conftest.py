@@ -12,6 +12,7 @@ import torch
 
 from mixformer import BaseModel
 from mixformer.testing import jitter, tiny_model
+from mixformer.train.state import seed_all
 
 torch.set_num_threads(1)
 LIMIT = 400  # seconds; a test that takes longer hangs, and a suite that hangs tells nobody where
@@ -28,6 +29,12 @@ def pytest_runtest_protocol() -> Iterator[None]:
     faulthandler.dump_traceback_later(LIMIT, exit=True, file=_stderr[0])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Whatever tests ran before, a test draws the same."""
+    seed_all(0)
 
 
 @pytest.fixture

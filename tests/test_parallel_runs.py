@@ -45,7 +45,7 @@ def lines(log: Path) -> list[dict[str, Any]]:
 #
 # A step has 12 batches of one row, of other lengths and numbers of labels; few have pictures, and a loss of their own.
 
-BATCHES, STEPS, MEMORY = 12, 2, 0.95
+BATCHES, STEPS, RATE, MEMORY = 12, 2, 1e-3, 0.95
 PICTURES = [[1, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]  # by step
 objective = LanguageObjective()
 
@@ -107,7 +107,7 @@ def train_mixed(folder: Path, engine: Any = None, stages: bool = False, **furthe
     model = mixed_model()
     task = MixedTask(model)
     config = TrainConfig(**{
-        "steps": STEPS, "warmup_steps": 1, "learning_rate": 1e-3, "clip": 0.05, "accumulate": BATCHES // world_size,
+        "steps": STEPS, "warmup_steps": 1, "learning_rate": RATE, "clip": 0.05, "accumulate": BATCHES // world_size,
         "frozen": ["*word_embeddings*", "*attention.dense*"], "log_every": 1, "log_path": str(folder / "log.jsonl"),
         "state_path": str(folder / "run.pt"), "save_every": 1, "keep_last": 2, "progress": False, "ema": 0.5,
         "ema_for": "validation", **further,
@@ -208,7 +208,7 @@ def test_the_weights_of_several_processes_are_those_of_one_and_frozen_ones_stay(
 ) -> None:
     before = mixed_model().state_dict()
     expected, found = (torch.load(mixed / place / "weights.pt") for place in ("1", f"{world_size}/{name}"))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=0.01 * STEPS * RATE, rtol=0)  # AdamW divides small gradients too
     frozen = [key for key in before if "word_embeddings" in key or "attention.dense" in key]
     assert frozen and all(torch.equal(found[key], before[key]) for key in frozen)
     moved = "vision_expert", "mixins.image.tower", "transformer.layers.1.attention_norm"
@@ -223,7 +223,7 @@ def test_stages_that_train_other_parts_give_the_losses_of_one_process(name: str,
     assert len(one) == 3
     torch.testing.assert_close(two, one, atol=1e-6, rtol=0)
     expected, found = (torch.load(place / "weights.pt") for place in places)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=0.01 * STEPS * RATE, rtol=0)
 
 
 def test_a_loss_that_few_batches_have_is_averaged_over_those_by_their_labels(mixed: Path) -> None:
