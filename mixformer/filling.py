@@ -120,7 +120,7 @@ def fill(
         Names that the table knows and the source does not have, and names of the source that the model does not use.
 
     Raises:
-        ValueError: a tensor is missing, unknown, or of another shape or dtype.
+        ValueError: a tensor is missing, unknown, or of another shape or dtype, or cannot be quantised.
     """
     slots = slots_of(model)
     table = {rule.own: rule for rule in rules}
@@ -146,7 +146,11 @@ def fill(
             tensors.clear()
             wanted = dtype if tensor.is_floating_point() else None
             if rule.own in kinds:
-                quantise_linear(slots[rule.own][0][0], tensor, kinds[rule.own], wanted, device)
+                try:
+                    quantise_linear(slots[rule.own][0][0], tensor, kinds[rule.own], wanted, device)
+                except ValueError as error:
+                    where = _home(source, rule.present(source.shapes)[0])
+                    raise ValueError(f"{source.where}: '{rule.own}'{where}: {error}") from error
             else:
                 _place(slots[rule.own], tensor, wanted, device, source.gives_own)
             del tensor

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -251,8 +251,10 @@ def _open(data: bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_too_large(name, str(error))) from error
     except Exception as error:
+        # Pillow names the object that it read from, which says nothing to people.
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{name} is not a picture that can be read ({error}): give a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+            f"{name} is not a picture that can be read ({reason}): give a PNG, JPEG, WebP, GIF, BMP or TIFF file"
         ) from error
     return _to_rgb(_decode(picture, name), name)
 

@@ -48,7 +48,7 @@ def merge_loras(model: BaseModel, names: Sequence[str] | None = None) -> list[Me
         names: of the mixins, or their paths such as `image.tower/lora`; None for all.
 
     Raises:
-        ValueError: no such mixin, or none at all; the model is left as it was.
+        ValueError: no such mixin, none at all, or a quantised weight below one; the model is left as it was.
     """
     known = dict(loras(model))
     for name in names or ():
@@ -57,16 +57,21 @@ def merge_loras(model: BaseModel, names: Sequence[str] | None = None) -> list[Me
             raise ValueError(f"There is no LoRA mixin '{name}'.{did_you_mean(name, list(known))} There are: {there}.")
     if not known:
         raise ValueError("The model has no LoRA mixin, so there is nothing to merge.")
-    found = []
+    parts = {}  # of all, before one is changed: a quantised weight refuses
     for name in known if names is None else dict.fromkeys(names):
         mixin, owner = known[name]
-        number = size = 0
-        for layer, site in all_sites(owner):
-            adapters = mixin.adapters_of(site, layer).values() if isinstance(site.module, Linear) else ()
-            for adapter in adapters:
-                if not mixin.merged:
-                    adapter.add_to(site.module.weight)
-                number, size = number + 1, size + sum(parameter.numel() for parameter in adapter.parameters())
+        sites = [(layer, site) for layer, site in all_sites(owner) if isinstance(site.module, Linear)]
+        parts[name] = [
+            (site.module.weight, adapter)
+            for layer, site in sites for adapter in mixin.adapters_of(site, layer).values()
+        ]
+    found = []
+    for name, pairs in parts.items():
+        mixin, number, size = known[name][0], len(pairs), 0
+        for weight, adapter in pairs:
+            if not mixin.merged:
+                adapter.add_to(weight)
+            size += sum(parameter.numel() for parameter in adapter.parameters())
         mixin.merged = False  # the sums are the model's own now, so taking the mixin out must not undo them
         model.del_mixin(name)
         found.append(Merged(name, number, size))

@@ -29,7 +29,7 @@ from mixformer.sites import Linear
 
 GROUPS = (128, 64, 32)
 KINDS = ("int8", "int4", *(f"int4/{group}" for group in GROUPS))
-FEW_ROWS = {8: 32, 4: 96}
+FEW_ROWS = {8: 24, 4: 64}
 """{bits: inputs up to which torch's own kernel is faster than products with weights that are spelled out}."""
 
 _CHUNK = 2**20  # weights that are rounded or spelled out at a time
@@ -195,17 +195,18 @@ def spelled_out(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     step = max(1, _CHUNK // (num_inputs * tile))
     for start in range(0, len(codes), step):
         part = codes[start : start + step]
-        numbers = scale[:, start * tile : (start + len(part)) * tile].view(num_groups, len(part), 1, tile, 2)
-        factor, offset = (numbers.transpose(0, 1)[..., i].float() for i in (0, 1))
+        rows = len(part) * tile
+        factor, offset = scale[:, None, start * tile : start * tile + rows].float().unbind(-1)
         offset = (offset - 8 * factor).to(dtype)  # exact in 32 bits; one product and sum per weight below
-        weight = _unpacked(part).to(dtype).view(len(part), num_groups, -1, tile)
+        weight = _unpacked(part.transpose(0, 1)).to(dtype).view(num_groups, -1, rows)
         torch.addcmul(offset, weight, factor.to(dtype), out=weight)
-        yield weight.view(len(part), num_inputs, tile).transpose(1, 2).reshape(-1, num_inputs)
+        yield weight.view(num_inputs, rows).T  # left as it lies: products take it so, and turning it costs more
 
 
 def _unpacked(codes: torch.Tensor) -> torch.Tensor:
-    """[blocks, in, t / 2] -> [blocks, in, t]."""
-    return torch.cat([codes & 15, codes >> 4], -1)
+    """[..., t / 2] -> [..., t], four bytes at a time."""
+    fours = codes.view(torch.int32)
+    return torch.cat([fours & 0x0F0F0F0F, fours >> 4 & 0x0F0F0F0F], -1).view(torch.uint8)
 
 
 def _packed(codes: torch.Tensor, tile: int) -> torch.Tensor:
@@ -295,12 +296,15 @@ def quantise_linear(
         device: where they go; None for the weight's.
 
     Raises:
-        ValueError: weights of 64 bits, or torchao is not installed.
+        ValueError: weights of 64 bits or with numbers that are not finite, or torchao is not installed; the Linear is
+            left as it was.
     """
     dtype = dtype or weight.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"Weights of {dtype} are not quantised: give dtype bfloat16, float16 or float32.")
     codes, scale = _rounded(weight.to(dtype), kind)
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"some of its numbers are not finite in {dtype}, so the weight cannot be quantised.")
     _become(linear, codes.to(device or weight.device), scale.to(device or weight.device))
 
 
@@ -354,7 +358,8 @@ def _rounded(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tens
 def _pieces(weight: torch.Tensor, multiple: int) -> Iterator[tuple[int, torch.Tensor]]:
     step = max(1, _CHUNK // (weight.shape[1] * multiple)) * multiple
     for start in range(0, len(weight), step):
-        yield start, weight[start : start + step]
+        part = weight[start : start + step]
+        yield start, part.float() if part.dtype == torch.float16 else part  # torchao has no small scales in fp16
 
 
 def torchao() -> tuple[Any, Any]:
@@ -382,13 +387,25 @@ def quantise(model: nn.Module, choices: str | Mapping[str, str | None]) -> None:
         choices: as of `choose`.
 
     Raises:
-        ValueError: as of `choose`, or torchao is not installed.
+        ValueError: as of `choose` and `quantise_linear`, or a LoRA is merged, whose originals would not fit any more.
+            Linears before the one that an error names are quantised then.
     """
     modules = dict(model.named_modules())
-    for path, kind in choose(model, choices).items():
-        linear: Any = modules[path]
-        quantise_linear(linear, linear.weight.detach(), kind)
-    resolve_hooks(model)
+    merged = [path for path, module in modules.items() if getattr(module, "merged", False) is True]
+    if merged:
+        raise ValueError(
+            f"quantise: '{merged[0]}' is merged into weights that it could not be taken out of afterwards. Call its "
+            f"unmerge(), or `merge_loras(model)` of mixformer.merge to merge it for good."
+        )
+    try:
+        for path, kind in choose(model, choices).items():
+            linear: Any = modules[path]
+            try:
+                quantise_linear(linear, linear.weight.detach(), kind)
+            except ValueError as error:
+                raise ValueError(f"'{path}.weight': {error}") from error
+    finally:
+        resolve_hooks(model)
 
 
 @torch.no_grad()

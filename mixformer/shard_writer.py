@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mixformer.shards import _DTYPES, INDEX, PRODUCER, SINGLE, parse_size
+from mixformer.shards import DTYPES, INDEX, PRODUCER, SINGLE, parse_size
 
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
 

@@ -1,4 +1,4 @@
-"""Safetensors folders: checked while they are opened, read tensor by tensor, written in shards."""
+"""Safetensors folders: checked while they are opened, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PRODUCER = {"format": "pt", "producer": "mixformer"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -134,7 +133,7 @@ class SafetensorsFolder:
                     f"The tensor '{name}' is in two files of {self.where}, {self.files[name]} and {path.name}. Files "
                     f"of two downloads may have been mixed: fetch the folder again."
                 )
-            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
             self.files[name] = path.name
             self._places[name] = file, start + entry["data_offsets"][0]
         self.num_bytes += path.stat().st_size
@@ -301,10 +300,10 @@ def _check_entries(path: Path, header: Mapping[str, Any]) -> None:
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         kind, shape, (first, last) = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
-        if kind not in _DTYPES:
-            raise ValueError(f"{path}: '{name}' is stored as {kind}, which is not read. Known: {', '.join(_DTYPES)}.")
+        if kind not in DTYPES:
+            raise ValueError(f"{path}: '{name}' is stored as {kind}, which is not read. Known: {', '.join(DTYPES)}.")
         sizes = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
-        if first != end or not sizes or last - first != math.prod(shape) * _DTYPES[kind].itemsize:
+        if first != end or not sizes or last - first != math.prod(shape) * DTYPES[kind].itemsize:
             raise ValueError(
                 f"{path}: its header is damaged: '{name}', {kind} {shape}, cannot lie at bytes {first} to {last}. "
                 f"Fetch or copy the file again."
@@ -356,64 +355,6 @@ def parse_size(size: int | str) -> int:
     if number <= 0:
         raise ValueError(f"A shard size of {size} is too small.")
     return int(number * _UNITS[unit])
-
-
-def write_shards(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    max_shard_size: int | str = "5GB",
-    always_index: bool = False,
-) -> None:
-    """Write tensors as `model.safetensors`, or in shards with an index.
-
-    Args:
-        folder: an existing folder.
-        tensors: to write; views are copied one shard at a time.
-        max_shard_size: a shard is closed before it would grow beyond this.
-        always_index: write the index, with the SHA-256 of every shard, even for one file.
-    """
-    limit = parse_size(max_shard_size)
-    plan: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if plan[-1] and filled + tensor.nbytes > limit:
-            plan.append([])
-            filled = 0
-        plan[-1].append(name)
-        filled += tensor.nbytes
-    count = len(plan)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    weight_map: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for file, shard in zip(names, plan, strict=True):
-        write_tensors(folder / file, {name: tensors[name] for name in shard})
-        weight_map.update({name: file for name in shard})
-        if always_index:
-            digests[file] = sha256(folder / file)
-    if count > 1 or always_index:
-        metadata: dict[str, Any] = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        if always_index:
-            metadata["sha256"] = digests
-        (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1) + "\n")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one safetensors file, marked as ours and readable by whom the folder is (safetensors makes it private)."""
-    save_file(separate(tensors), path, metadata=PRODUCER)
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, contiguous, each in a storage of its own, as safetensors wants them."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes and place not in seen
-        found[name] = tensor if whole else tensor.clone()
-        seen.add(place)
-    return found
 
 
 def written_here(folder: Path) -> bool:

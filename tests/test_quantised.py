@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import mixformer.quantised as quantised
 from mixformer import KVCache, from_pretrained, generate, save_pretrained
 from mixformer.cli import main
 from mixformer.config import read_settings
+from mixformer.merge import merge_loras
 from mixformer.mixins import LoRAMixin
 from mixformer.model import BaseModel
 from mixformer.quantised import Kind, QuantisedLinear, choose, dequantise, quantise, quantise_linear, quantised_table
@@ -145,6 +147,21 @@ def test_gradients_pass_through_and_no_weight_is_kept_for_them(kind: str) -> Non
     assert sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in own) <= x.nbytes
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_taken_piece_by_piece_give_what_whole_ones_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = a_linear(300, 96, kind)
+    monkeypatch.setattr(quantised, "_CHUNK", 1)  # a row or a block of rows each
+    linear, _ = a_linear(300, 96, kind)
+    assert torch.equal(linear.codes, whole.codes) and torch.equal(linear.scale, whole.scale)
+    weight = meaning(linear.codes, linear.scale, 300)
+    x, wanted = torch.randn(9, 96, requires_grad=True), torch.randn(9, 300)
+    y = linear(x)
+    assert torch.allclose(y.double(), x.double() @ weight.T + linear.bias.double(), atol=1e-4)
+    (y * wanted).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad.double(), wanted.double() @ weight, atol=1e-4)
+    assert torch.allclose(linear.dequantised().double(), weight, atol=1e-6)
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     linear, _ = a_linear(64, 128, "int4")
     with torch.autocast("cpu", torch.bfloat16):
@@ -154,6 +171,39 @@ def test_autocast_computes_in_its_dtype() -> None:
 def test_weights_of_64_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="give dtype bfloat16"):
         quantise_linear(Linear(64, 64), torch.zeros(64, 64, dtype=torch.float64), Kind(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.013), ("int4", 0.11)])
+def test_small_weights_are_rounded_as_well_as_large_ones(kind: str, error: float, dtype: torch.dtype) -> None:
+    for size in (1e-4, 1.0):
+        weight = (size * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))).to(dtype)
+        linear = Linear(256, 64).to(dtype)
+        quantise_linear(linear, weight, Kind.of(kind))
+        found = meaning(linear.codes, linear.scale, 64) - weight.double()
+        assert found.norm() < error * weight.double().norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_numbers_that_are_not_finite_are_refused_and_named_with_their_file(
+    tmp_path: Path, kind: str, bad: float
+) -> None:
+    model, name = make_llama(), "transformer.layers.1.mlp.down"
+    model.get_submodule(name).weight.data[3, 40] = bad
+    save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"saved: '{name}\.weight' \(in model\.safetensors\): .* not finite in"):
+        from_pretrained(tmp_path / "saved", quantise=kind)
+    with pytest.raises(ValueError, match=rf"'{name}\.weight': some of its numbers are not finite in torch\.float32"):
+        quantise(model, kind)
+    assert kinds_of(model)[name] == "plain"
+
+
+def test_weights_too_wide_for_the_dtype_are_named_with_their_file(tmp_path: Path) -> None:
+    save_pretrained(make_llama().double(), tmp_path / "saved", "hf")
+    with pytest.raises(ValueError, match=r"saved: '.+\.weight' \(in model\.safetensors\): Weights of torch\.float64"):
+        from_pretrained(tmp_path / "saved", quantise="int8")
+    assert from_pretrained(tmp_path / "saved", quantise="int8", dtype="float32").dtype == torch.float32
 
 
 # ------------------------------------------------------------------------ parts of a model
@@ -484,6 +534,20 @@ def test_training_quantised_weights_is_refused() -> None:
         train(model, batches, TrainConfig(1, progress=False))
 
 
+def test_weights_that_hold_a_merged_lora_are_not_quantised() -> None:
+    model = make_llama()
+    model.add_mixin("lora", LoRAMixin(["qkv"], rank=2))
+    stir_lora(model)
+    expected = model(IDS)
+    model.get_mixin("lora").merge(model)
+    with pytest.raises(ValueError, match=r"'mixins\.lora' is merged .* unmerge\(\), or `merge_loras\(model\)`"):
+        quantise(model, "int8")
+    assert set(kinds_of(model).values()) == {"plain"}
+    merge_loras(model)
+    quantise(model, {"language": "int8"})
+    assert (model(IDS) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_merging_into_quantised_weights_is_refused_and_works_on_what_they_stand_for() -> None:
     model = lora_on_quantised("int4")
     stir_lora(model)
@@ -494,6 +558,19 @@ def test_merging_into_quantised_weights_is_refused_and_works_on_what_they_stand_
     dequantise(model)
     model.get_mixin("lora").merge(model)
     assert (model(IDS) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("merge", [lambda model: model.get_mixin("lora").merge(model), merge_loras])
+def test_a_merge_that_one_quantised_linear_refuses_changes_none(merge: Callable[[Any], object]) -> None:
+    model = make_llama()
+    model.add_mixin("lora", LoRAMixin(["qkv", "up"], rank=4))
+    stir_lora(model)
+    quantise(model, {"*.layers.1.mlp.up": "int8"})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be read or changed"):
+        merge(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 # ------------------------------------------------------------------------ settings and benchmarks
@@ -530,15 +607,50 @@ def test_the_run_at_size_writes_loads_and_answers(
         return json.loads(json.dumps(at_size._as_child(json.loads(json.dumps(options)))))
 
     monkeypatch.setattr(at_size, "_child", here)  # processes of their own take seconds to start
-    folder = tmp_path / "written"
-    at_size.main(["cogagent", "--small", "--folder", str(folder), "--answer", "3", "--threads", "1", "--json"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    at_size.main(["cogagent", "--small", "--answer", "3", "--threads", "1", "--json", "--quantise", "{'*': int4}"])
     found = json.loads(capsys.readouterr().out)
-    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
     stages = ("writing", "loading", "encoding (image)", "encoding (cross)", "prefill", "per token", "tokens per second")
     assert all(found[stage] > 0 for stage in stages)
     assert found["peak"] >= found["peak of loading"] >= found["peak at start"] > 50e6
     assert found["weights in memory"] < 0.6 * found["bytes on disk"]
     assert 0.3 < found["spread of logits"] < 3
+
+
+def test_folders_that_are_named_are_used_again_or_left_alone(tmp_path: Path) -> None:
+    def write(folder: Path, quantise: Any = None) -> int:
+        options = {"stage": "write", "name": "llama", "folder": str(folder), "part": 1, "small": True, "shown": False}
+        return int(at_size._as_child({**options, "quantise": quantise})["bytes on disk"])
+
+    folder, other = tmp_path / "new" / "llama", tmp_path / "other"
+    with pytest.raises(ValueError, match="'int3' is no kind"):
+        write(folder, {"language": "int3"})
+    assert not folder.exists()
+    size = write(folder)
+    files = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert write(folder) == size and "unfinished" not in files
+    assert files == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    (folder / "config.json").unlink()  # as if it had been killed
+    (folder / "unfinished").touch()
+    write(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: old[1] for name, old in files.items()}
+    save_pretrained(make_llama(), other, "hf")  # of the same sizes, in fp32
+    with pytest.raises(ValueError, match="other holds another model"):
+        write(other)
+    (other / "config.json").unlink()
+    with pytest.raises(ValueError, match="other holds something else and is left as it is"):
+        write(other)
+    assert [path.name for path in other.iterdir()] == ["model.safetensors"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(OSError, match=r"llama needs 0\.0 GB, and 0\.0 GB are free"):
+        at_size.write("llama", tmp_path / "llama", small=True, shown=False)
+    assert not list((tmp_path / "llama").glob("*.safetensors"))
 
 
 def test_a_peak_above_the_limit_and_logits_that_are_not_finite_are_failures(

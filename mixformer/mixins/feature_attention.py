@@ -92,7 +92,8 @@ class FeatureAttentionMixin(BaseMixin):
         k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in fused.chunk(2, dim=-1))
         if keys[0] in memo:
             k, v = (torch.cat([memo[key], x], dim=2) for key, x in zip(keys, (k, v), strict=True))
-        if ctx.cache is not None:
+        if ctx.cache is not None:  # head by head: every step of one token reads them as they lie
+            k, v = k.contiguous(), v.contiguous()
             memo[keys[0]], memo[keys[1]] = k, v
         return k, v
 

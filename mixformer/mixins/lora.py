@@ -103,8 +103,9 @@ class LoRAMixin(SiteMixin):
             adapters = list(self.adapters_of(site, layer).values()) if isinstance(site.module, Linear) else []
             if adapters:
                 self._originals.append((site.module, site.module.weight.detach().clone(), adapters))
+        for linear, _, adapters in self._originals:  # after all were read, which a quantised one refuses
             for adapter in adapters:
-                adapter.add_to(site.module.weight)
+                adapter.add_to(linear.weight)
         self.merged = True
 
     @torch.no_grad()

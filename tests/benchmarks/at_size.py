@@ -5,8 +5,10 @@
     python -m tests.benchmarks.at_size cogagent --part 0.1    a tenth of the layers, at full width
     python -m tests.benchmarks.at_size cogagent --small       a few thousand parameters, to see that it runs
 
-The weights are random, from a seed, and scaled so that activations keep their size. Writing and running are processes
-of their own. The peak is the largest resident set of the running one since it started, Python and torch included.
+The weights are random, from a seed, and scaled so that activations keep their size. They go to a temporary folder,
+which is deleted in the end; a folder that `--folder` names stays and is used again as it is. Writing and running are
+processes of their own. The peak is the largest resident set of the running one since it started, Python and torch
+included; what the system caches of files is no part of it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"cogagent": 16e9, "llama": 15e9}
@@ -76,10 +80,11 @@ def config_of(name: str, part: float = 1.0, small: bool = False) -> Any:
 
 
 def write(name: str, folder: Path, part: float = 1.0, small: bool = False, seed: int = 0, shown: bool = True) -> int:
-    """Write a folder in HF's format, tensor by tensor; returns the bytes of its tensors.
+    """Write a folder in HF's format, tensor by tensor, unless it is there; returns the bytes of its tensors.
 
     Raises:
         OSError: the disk has no room for it.
+        ValueError: the folder holds something else.
     """
     from tqdm import tqdm
 
@@ -90,10 +95,19 @@ def write(name: str, folder: Path, part: float = 1.0, small: bool = False, seed:
     model = config_of(name, part, small).build(device="meta", dtype=torch.bfloat16)
     contents = foreign_contents(model, HF_FORMATS, "HF")
     shapes = contents.tensors(reader(model))
-    num_bytes, free = sum(tensor.nbytes for tensor in shapes.values()), shutil.disk_usage(folder.parent).free
+    num_bytes = sum(tensor.nbytes for tensor in shapes.values())
+    if (folder / "config.json").is_file():  # it is written last
+        _check_written(folder, shapes)
+        return num_bytes
+    begun = folder / "unfinished"
+    if folder.exists() and any(folder.iterdir()) and not begun.exists():
+        raise ValueError(f"{folder} holds something else and is left as it is. Name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))  # shards that take their old places
+    free = shutil.disk_usage(folder).free + written
     if num_bytes * 1.02 > free:
         raise OSError(f"{folder} needs {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.")
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = torch.randn(_BLOCK if not small else 2**16 + 43, generator=torch.Generator().manual_seed(seed))
     numbers = numbers.bfloat16()
     order = {file: index for index, file in enumerate(shapes)}
@@ -108,7 +122,18 @@ def write(name: str, folder: Path, part: float = 1.0, small: bool = False, seed:
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Writing weights", disable=not shown or small) as bar:
         write_shards(folder, shapes, SHARD, read=read, progress=bar.update)
     contents.write_config(folder)
+    begun.unlink()
     return num_bytes
+
+
+def _check_written(folder: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    from mixformer.shards import SafetensorsFolder
+
+    source = SafetensorsFolder(folder)
+    source.close()
+    found = {name: (shape, source.dtypes[name]) for name, shape in source.shapes.items()}
+    if found != {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}:
+        raise ValueError(f"{folder} holds another model, or another part of it. Name another folder.")
 
 
 def _values(own: str, like: torch.Tensor, numbers: torch.Tensor, start: int) -> torch.Tensor:
@@ -152,7 +177,7 @@ def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, sho
 
     torch.set_num_threads(threads)
     found: dict[str, Any] = {"peak at start": peak()}
-    with timed(found, "loading"):
+    with _timed(found, "loading", shown):
         model = from_pretrained(folder, quantise=quantise, progress=None if shown else False)
     gc.collect()
     found["peak of loading"] = peak()
@@ -162,12 +187,14 @@ def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, sho
     batch = _question(model)
     for name in ("image", "cross"):
         if name in model.mixins:
-            _time_encoding(model.get_mixin(name), found, f"encoding ({name})")
+            _time_encoding(model.get_mixin(name), found, f"encoding ({name})", shown)
     length = batch["input_ids"].shape[1]
     cache = KVCache(model, 1, length + answer)
-    with timed(found, "prefill"):
+    with _timed(found, "prefill"):
         logits = model(**batch, cache=cache, last_only=True)
     found["prefill"] -= sum(seconds for stage, seconds in found.items() if stage.startswith("encoding"))
+    if shown:
+        print(f"prefill: {found['prefill']:.1f} s", file=sys.stderr, flush=True)
     found["tokens of the prompt"] = length
     seconds = []
     for _ in range(answer):
@@ -184,18 +211,20 @@ def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, sho
 
 
 @contextmanager
-def timed(found: dict[str, Any], stage: str) -> Iterator[None]:
+def _timed(found: dict[str, Any], stage: str, shown: bool = False) -> Iterator[None]:
     """Add the seconds of what is inside to a stage."""
     start = time.perf_counter()
     yield
     found[stage] = found.get(stage, 0.0) + time.perf_counter() - start
+    if shown:
+        print(f"{stage}: {found[stage]:.1f} s", file=sys.stderr, flush=True)
 
 
-def _time_encoding(mixin: Any, found: dict[str, Any], stage: str) -> None:
+def _time_encoding(mixin: Any, found: dict[str, Any], stage: str, shown: bool) -> None:
     encode: Callable[..., torch.Tensor] = mixin.encode
 
     def measured(*arguments: Any, **options: Any) -> torch.Tensor:
-        with timed(found, stage):
+        with _timed(found, stage, shown):
             return encode(*arguments, **options)
 
     mixin.encode = measured
@@ -223,21 +252,17 @@ def _question(model: Any) -> dict[str, torch.Tensor]:
 
 def measure(
     name: str, folder: Path, part: float = 1.0, small: bool = False, quantise: Any = None, threads: int = 2,
-    answer: int = ANSWER, keep: bool = False, shown: bool = True,
+    answer: int = ANSWER, shown: bool = True,
 ) -> dict[str, Any]:
-    """Write and run in processes of their own; the folder is deleted in the end unless it is to be kept."""
-    options: dict[str, Any] = {"name": name, "folder": str(folder), "part": part, "small": small, "shown": shown}
+    """Write and run in processes of their own."""
+    options: dict[str, Any] = {
+        "name": name, "folder": str(folder), "part": part, "small": small, "shown": shown, "quantise": quantise,
+        "answer": answer, "threads": threads,
+    }
     found: dict[str, Any] = {"model": name, "part of the layers": part}
-    try:
-        if not (folder / "config.json").is_file():
-            found |= _child({"stage": "write", **options}, threads)
-        rest = {"quantise": quantise, "answer": answer, "threads": threads}
-        found |= _child({"stage": "run", **options, **rest}, threads)
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-    found["limit"] = LIMITS[name]
-    return found
+    for stage in ("write", "run"):
+        found |= _child({"stage": stage, **options}, threads)
+    return {**found, "limit": LIMITS[name]}
 
 
 def _child(options: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -245,18 +270,31 @@ def _child(options: dict[str, Any], threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmarks.at_size", "--child", json.dumps(options)]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"The stage '{options['stage']}' failed with exit code {done.returncode}.")
+        raise SystemExit(f"The stage '{options['stage']}' failed with exit code {done.returncode}; see above.")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _as_child(options: dict[str, Any]) -> dict[str, Any]:
     folder = Path(options["folder"])
     if options["stage"] == "write":
+        _check_choices(config_of(options["name"], options["part"], options["small"]), options["quantise"])
         found: dict[str, Any] = {}
-        with timed(found, "writing"):
+        is_new = not (folder / "config.json").is_file()
+        with _timed(found, "writing" if is_new else "checking", options["shown"]):
             size = write(options["name"], folder, options["part"], options["small"], shown=options["shown"])
-        return {"bytes on disk": size, **found, "peak of writing": peak()}
+        return {"bytes on disk": size, **found, **({"peak of writing": peak()} if is_new else {})}
     return run(folder, options["quantise"], options["answer"], options["threads"], options["shown"])
+
+
+def _check_choices(config: Any, quantise: Any) -> None:
+    """See to it that a wish that cannot be met is told before anything is written."""
+    from mixformer.quantised import choose, torchao
+
+    if quantise:
+        torchao()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the weights are read
+            choose(config.build(device="meta"), quantise)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -265,7 +303,7 @@ def table(found: dict[str, Any]) -> str:
     for name, value in found.items():
         if name in ("bytes on disk", "weights in memory", "limit") or name.startswith("peak"):
             text = f"{value / 1e9:.2f} GB"
-        elif name in ("writing", "loading", "prefill", "per token") or name.startswith("encoding"):
+        elif name in ("writing", "checking", "loading", "prefill", "per token") or name.startswith("encoding"):
             text = f"{value:.2f} s"
         else:
             text = f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -279,27 +317,29 @@ def main(arguments: list[str] | None = None) -> None:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.at_size", description=about)
     parser.add_argument("model", nargs="?", choices=list(LIMITS), help="what to write and run")
-    parser.add_argument("--folder", type=Path, help="where the weights are written (default: a temporary folder)")
-    parser.add_argument("--keep", action="store_true", help="leave the folder there, and use what is in it")
+    parser.add_argument("--folder", type=Path, help="where the weights are written, or are (default: a temporary one)")
     parser.add_argument("--part", type=float, default=1.0, help="of the layers (default: all)")
     parser.add_argument("--small", action="store_true", help="a few thousand parameters")
-    parser.add_argument("--quantise", help="JSON: a kind, or {selector: kind}; default: int4 for cogagent")
+    parser.add_argument("--quantise", help="a kind, {selector: kind}, or none (default: int4 for cogagent)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--answer", type=int, default=ANSWER, help="tokens of the answer")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
-        print(json.dumps(_as_child(options.child)))
+        try:
+            print(json.dumps(_as_child(options.child)))
+        except (OSError, ValueError, FloatingPointError) as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
         return
     if options.model is None:
         parser.error(f"name a model: {', '.join(LIMITS)}")
-    quantise = KINDS[options.model] if options.quantise is None else json.loads(options.quantise)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="mixformer-")) / options.model
-    found = measure(
-        options.model, folder, options.part, options.small, quantise, options.threads, options.answer, options.keep,
-        shown=not options.json,
-    )
+    quantise = KINDS[options.model] if options.quantise is None else yaml.safe_load(options.quantise)
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            options.model, Path(folder), options.part, options.small, None if quantise == "none" else quantise,
+            options.threads, options.answer, shown=not options.json,
+        )
     print(json.dumps(found, indent=2) if options.json else table(found))
     if found["peak"] > found["limit"]:
         raise SystemExit(1)
