@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from mixformer import BaseMixin, KVCache, save_pretrained, wrap
 from mixformer.accounting import Workload, compare, describe, description
 from mixformer.accounting.forward import count_forward
 from mixformer.accounting.html import page
+from mixformer.accounting.parameters import part_sizes, total_size
 from mixformer.accounting.workload import meta_twin
 from mixformer.cli import console
 from mixformer.config import read_settings
 from mixformer.mixins import LoRAMixin, PrefixTuningMixin, VisionExpertFCMixin
+from mixformer.quantised import choose, resolve_hooks, shape_linear
 from mixformer.shards import SafetensorsFolder
 from mixformer.testing import collate, sample_row, tiny_model
 
@@ -71,24 +74,61 @@ def test_parts_of_the_18b_model_have_their_published_sizes(cogagent: dict[str, A
     assert cogagent["nested"]["image.tower"]["parameters"] == 4_279_387_392 + 257 * 1792 + 1792 + 1792 * (3 * 14**2 + 1)
 
 
+def configured(name: str, *overrides: str) -> Any:
+    return read_settings(None, CONFIGS / f"{name}.yaml", overrides, ()).build_model("meta")
+
+
 @pytest.mark.parametrize(
-    ("name", "overrides", "expected"),
+    ("name", "parameters"),
     [
-        ("cogvlm-17b-224", (), {0: (5.76, None), 128: (7.49, 7.46), 512: (12.80, None)}),
-        ("cogvlm-17b-490", (), {128: (30.40, 29.72)}),
-        ("cogagent-18b", ("--model.cross_vision.image_size=756",), {128: (10.73, 9.90)}),
-        ("cogvlm-17b-490", ("--model.vision.image_size=1120",), {128: (183.8, 165.3)}),
+        ("llama-7b", 6_738_415_616),
+        ("cogvlm-17b-224", 17_637_948_928),
+        ("cogvlm-17b-490", 17_639_685_376),
+        ("cogvlm2-19b", 19_503_105_280),
+        ("cogagent-18b", 18_291_033_280),
     ],
 )
-def test_operations_are_those_recomputed_for_the_papers_by_both_rules(
-    name: str, overrides: tuple[str, ...], expected: dict[int, tuple[float, float | None]]
-) -> None:
-    model = read_settings(None, CONFIGS / f"{name}.yaml", overrides, ()).build_model("meta")
-    for tokens, (counted, without) in expected.items():
+def test_totals_are_those_of_the_released_models(name: str, parameters: int) -> None:
+    sizes = part_sizes(configured(name))
+    assert total_size(sizes.values()).parameters == parameters
+
+
+def trained_parts(*overrides: str) -> tuple[int, int, int]:
+    """Parameters of the visual experts, of the projector, and of boi and eoi."""
+    sizes = {str(part): size.parameters for part, size in part_sizes(configured("cogvlm-17b-224", *overrides)).items()}
+    experts = sum(number for name, number in sizes.items() if name.startswith("vision_expert"))
+    return experts, sizes["image.projector"], sizes["image.boi"] + sizes["image.eoi"]
+
+
+def test_the_experts_and_their_ablations_have_the_published_sizes() -> None:
+    experts, adapter, marks = trained_parts()
+    assert (experts, adapter, experts + adapter + marks) == (6_476_005_376, 142_614_528, 6_618_628_096)
+    every_fourth = trained_parts("--model.expert_layers", str(list(range(0, 32, 4))))[0]
+    assert every_fourth + adapter == pytest.approx(1.76e9, abs=0.005e9)
+    mlp_only = trained_parts("--mixins.vision_expert=null")[0]
+    assert mlp_only + adapter == pytest.approx(4.47e9, abs=0.005e9)
+    assert 6_738_415_616 + adapter == pytest.approx(6.88e9, abs=0.005e9)
+
+
+FLOPS = {
+    ("cogvlm-17b-224", ()): ({0: 5.76, 128: 7.49, 512: 12.80}, 7.46),
+    ("cogvlm-17b-490", ()): ({0: 28.54, 128: 30.40, 512: 36.10}, 29.72),
+    ("cogagent-18b", ("--model.cross_vision.image_size=756",)): ({0: 8.88, 128: 10.73, 512: 16.39}, 9.90),
+    ("cogagent-18b", ()): ({0: 14.55, 128: 16.46, 512: 22.29}, 12.57),
+    ("cogvlm-17b-490", ("--model.vision.image_size=1120",)): ({0: 181.2, 128: 183.8, 512: 191.6}, 165.3),
+}
+"""{model: (T operations for tokens of text, and for 128 of them without the attention products of towers)}."""
+
+
+@pytest.mark.parametrize(("name", "overrides"), FLOPS)
+def test_operations_are_those_recomputed_for_the_papers_by_both_rules(name: str, overrides: tuple[str, ...]) -> None:
+    counted, without = FLOPS[name, overrides]
+    model = configured(name, *overrides)
+    for tokens, expected in counted.items():
         flops = count_forward(model, Workload(tokens, 1, 1)).flops
-        digit = 0.01 if counted < 100 else 0.1  # the last one that is given
-        assert flops.total / 1e12 == pytest.approx(counted, abs=0.6 * digit)
-        if without is not None:
+        digit = 0.01 if expected < 100 else 0.1  # the last one that is given
+        assert flops.total / 1e12 == pytest.approx(expected, abs=0.6 * digit), tokens
+        if tokens == 128:
             assert (flops.total - flops.tower_attention) / 1e12 == pytest.approx(without, abs=0.6 * digit)
 
 
@@ -220,6 +260,20 @@ def test_a_real_model_is_left_as_it_is() -> None:
         assert torch.equal(before[name][1], parameter)
 
 
+def test_a_quantised_model_does_as_many_operations_and_takes_fewer_bytes(tmp_path: Path) -> None:
+    model = tiny_model("cogagent")
+    before = describe(model, Workload(8, 1, 1))
+    quantised = meta_twin(model)
+    for path, kind in choose(quantised, "int8").items():
+        shape_linear(quantised.get_submodule(path), kind)
+    resolve_hooks(quantised)
+    after = describe(quantised, Workload(8, 1, 1))
+    assert after["forward"]["flops"]["total"] == before["forward"]["flops"]["total"]
+    assert after["forward"]["flops"]["terms"] == before["forward"]["flops"]["terms"]
+    assert after["parameters"] == before["parameters"] and after["trainable"] < before["trainable"]
+    assert part(after, "transformer.mlp")["bytes"] == {"int8": 2 * 3 * 32 * 40, "float32": 4 * 2 * (40 + 40 + 32)}
+
+
 class LooksAtValues(BaseMixin):
     """Does what cannot be done without values."""
 
@@ -240,6 +294,9 @@ def test_a_model_that_looks_at_values_has_sizes_and_a_reason_instead_of_operatio
 def test_text_names_the_dominating_terms_and_the_rule() -> None:
     text = "\n".join(description(describe(tiny_model("cogagent"), Workload(8, 1, 2))))
     assert "A forward of 2 rows of 15 tokens: 8 of text, 1 image:" in text
+    assert re.search(r"\n  total +\d+,\d+ +\d+,\d+ +[\d.]+ kB float32 +[\d.]+ [MG]\n", text)
+    plain = "\n".join(description(describe(tiny_model("llama"))))
+    assert "FLOPs\n" in plain and "towers" not in plain  # it has none
     assert re.search(r"most of it: \w+\.\w+ \w+ \d+%", text) and "A multiply-add is 2 operations" in text
     assert re.search(r"cache: 512 B per token, and 3\.4\d+ kB per image, in float32", text)
 
@@ -371,7 +428,20 @@ def test_the_page_needs_nothing_from_outside_and_says_who_owns_every_layer(tmp_p
     layers = [title for title in reader.titles if title.startswith("position_fn, layer")]
     assert layers[:6] == [f"position_fn, layer {index}: rotary" for index in range(6)]
     assert "final_forward, once per forward: head" in reader.titles
+    assert "6 layers" in reader.text and "hooks by default everywhere: position_embedding_forward" in reader.text
+    assert "<details><summary>" in text and "prefers-color-scheme: dark" in text
+    folded = text[text.index("<details>") : text.index("</details>")]
+    assert "mlp_forward, layer 5: default" in folded and "position_fn, layer" not in folded
     assert "Without the attention products of towers" in reader.text and "image.projector" in reader.text
+
+
+def test_the_page_shows_a_tower_that_both_models_have_once_and_mixins_without_a_hook() -> None:
+    first, second = tiny_model("cogagent"), tiny_model("cogagent")
+    first.del_mixin("cross")
+    summaries = [describe(model, Workload(8, 1, 1)) for model in (first, second)]
+    text = read_page(page(summaries, ["a", "b"], compare(*summaries))).text
+    assert text.count("As in the first.") == 1
+    assert re.search(r"stored StoredHeadMixin, no hook", text)
 
 
 def test_the_page_of_two_models_marks_what_differs() -> None:
@@ -400,6 +470,10 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "wrong.yaml").write_text("model_class: models.llama:LLaMA\nmodel: {hiden_size: 8}\n")
     (tmp_path / "no.txt").write_text("words")
     (tmp_path / "lost.yaml").write_text("model_class: models.llama:LLaMA\nweights: gone\n")
+    save_pretrained(tiny_model("llama"), tmp_path / "two")
+    (tmp_path / "other.yaml").write_text("model_class: models.llama:LLaMA\nweights: two\nmodel: {num_layers: 7}\n")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(GOLDEN / "cogagent-hf" / "config.json", tmp_path / "bare")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for name in ("config.json", "model_config.json"):
@@ -411,6 +485,9 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (str(tmp_path / "wrong.yaml"),): "Did you mean 'hidden_size'",
         (str(tmp_path / "no.txt"),): "no.txt",
         (str(tmp_path / "lost.yaml"),): "--weights null",
+        (str(tmp_path / "other.yaml"),): "num_layers is 7, but the checkpoint",
+        (str(tmp_path / "bare"),): "weights are missing",
+        (gpt2, "--html", str(tmp_path / "no" / "page.html")): "page.html cannot be written",
         (str(mixed),): "config.json and model_config.json",
         (gpt2, "--images", "1"): "takes no images",
         (gpt2, "--text-tokens", "5000"): "longer than the model's table of 64 positions",

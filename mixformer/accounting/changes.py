@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ class Setup:
         images: pictures of a row.
         devices: that train together.
         dtype: that the weights are cast to; None for their own.
-        bits: of the weights of Linears, 8 or 4; None for all of them.
+        quantise: kinds of the weights of Linears, as of `from_pretrained`; what is trained is left. None for none.
         checkpointing: layers are recomputed in the backward pass, in towers as well; None for what the model says.
         lora: rank of low-rank updates of the language model that alone are trained; None for the stage's parameters.
         loss_chunk: tokens whose logits are held at once; None for what the stage says.
@@ -40,7 +40,7 @@ class Setup:
     images: int = 1
     devices: int = 1
     dtype: str | None = None
-    bits: int | None = None
+    quantise: str | Mapping[str, str | None] | None = None
     checkpointing: bool | None = None
     lora: int | None = None
     loss_chunk: int | None = None
@@ -48,8 +48,11 @@ class Setup:
 
 def default_context(model: Any, images: int) -> int:
     """Tokens of a row where nobody says how many: 2048, more where pictures take them, less where positions end."""
+    least = 1 + images * image_tokens(model)
     room = longest_row(model)
-    wanted = max(CONTEXT, 1 + images * image_tokens(model) + 256)
+    if room is None and not is_tower(model) and model.config.max_positions > least:
+        room = model.config.max_positions  # a table that would grow; it tells what the model is made for
+    wanted = max(CONTEXT, least + 256)
     return wanted if room is None else min(wanted, room)
 
 
@@ -85,12 +88,14 @@ def smaller_dtype(model: Any, setup: Setup, config: Any) -> tuple[str, str, Setu
 
 def bits_8(model: Any, setup: Setup, config: Any) -> tuple[str, str, Setup] | None:
     """Linears in 8 bits."""
-    return None if setup.bits else ("Linears in 8 bits", "--bits 8", replace(setup, bits=8))
+    return None if setup.quantise else ("Linears in 8 bits", "quantise: int8", replace(setup, quantise="int8"))
 
 
 def bits_4(model: Any, setup: Setup, config: Any) -> tuple[str, str, Setup] | None:
     """Linears in 4 bits."""
-    return None if setup.bits == 4 else ("Linears in 4 bits", "--bits 4", replace(setup, bits=4))
+    if setup.quantise not in (None, "int8"):
+        return None
+    return "Linears in 4 bits", "quantise: int4", replace(setup, quantise="int4")
 
 
 def one_row(model: Any, setup: Setup, config: Any) -> tuple[str, str, Setup] | None:

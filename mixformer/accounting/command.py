@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mixformer.accounting.changes import Setup, default_context
 from mixformer.accounting.describe import compare, describe
 from mixformer.accounting.plan import PlannedStage, make_plan
-from mixformer.accounting.targets import is_copied, settings_of, shapes_of
+from mixformer.accounting.targets import reading_of, settings_of, shapes_of
 from mixformer.accounting.text import comparison_lines, description, plan_lines
 from mixformer.accounting.workload import Workload, takes_images
 from mixformer.config import Settings
+from mixformer.quantised import Kind
 from mixformer.shards import parse_size
 
 TARGET = "a configuration file that has model_class, a checkpoint folder, or module:Class"
@@ -49,7 +52,7 @@ def describe_command(options: argparse.Namespace, overrides: Sequence[str]) -> N
         from mixformer.accounting.html import page
 
         text = page(summaries, targets, difference)
-        Path(options.html).write_text(text, encoding="utf-8")
+        _write(Path(options.html), text)
         print(f"saved {options.html}")
     elif options.json:
         found = summaries[0] if difference is None else {"first": summaries[0], "second": summaries[1], **difference}
@@ -57,6 +60,14 @@ def describe_command(options: argparse.Namespace, overrides: Sequence[str]) -> N
     else:
         lines = description(summaries[0]) if difference is None else comparison_lines(difference, targets)
         print("\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--html: {path} cannot be written: {error.strerror}. Name a file in a folder that is there."
+                         ) from error  # fmt: skip
 
 
 def _described(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +97,9 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="rows, in training of one device (default: the task's, or 1)")
     parser.add_argument("--context", type=int, help="tokens of a row, pictures' too (default: the task's, or 2048)")
     parser.add_argument("--images", type=int, default=1, help="pictures of a row (default: 1)")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="of the weights of Linears")
+    parser.add_argument(
+        "--quantise", metavar="KIND", help="of weights that do not train: int8, int4, or {selector: kind}"
+    )
     parser.add_argument("--lora", type=int, metavar="RANK", help="train low-rank updates of the language model only")
     parser.add_argument("--stage", help="of the `train:` section (default: all of them)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -104,8 +117,10 @@ def plan_command(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
     if options.images < 0:
         raise ValueError(f"--images is {options.images}; it must be at least 0.")
-    memory = None if options.memory is None else parse_size(options.memory)
+    memory = None if options.memory is None else _memory(options.memory)
     settings = settings_of(options.target, overrides, ("train",))
+    quantise = settings.quantise if options.quantise is None else _choices(options.quantise)
+    settings.quantise = None  # the plan looks at both, the weights as they are and quantised
     model = shapes_of(settings)
     section = settings.train
     stages = [_planned(stage, model, options) for stage in getattr(section, "stages", [])]
@@ -116,11 +131,27 @@ def plan_command(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         stages = [stage for stage in stages if stage.name == options.stage]
     setup = Setup(
         batch=options.batch or 1, context=options.context or default_context(model, options.images),
-        images=options.images if takes_images(model) else 0, devices=options.devices, bits=options.bits,
+        images=options.images if takes_images(model) else 0, devices=options.devices, quantise=quantise,
         lora=options.lora,
     )  # fmt: skip
-    plan = make_plan(model, setup, memory, stages, getattr(section, "engine", "auto"), is_copied(settings))
+    plan = make_plan(model, setup, memory, stages, getattr(section, "engine", "auto"), reading_of(settings))
     print(json.dumps(plan.as_dict()) if options.json else "\n".join(plan_lines(plan)))
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise ValueError(f"--memory is '{text}', which is no size of a device. Write such as 24GB or 16GiB.") from None
+
+
+def _choices(text: str) -> Any:
+    """One kind, or {selector: kind}."""
+    found = yaml.safe_load(text) if text.startswith("{") else text
+    for kind in found.values() if isinstance(found, dict) else [found]:
+        if kind not in (None, "none"):
+            Kind.of(str(kind))
+    return found
 
 
 def _planned(stage: Any, model: Any, options: argparse.Namespace) -> PlannedStage:

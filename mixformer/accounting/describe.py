@@ -167,8 +167,8 @@ def _totals(summary: Summary) -> dict[str, int]:
     }
     if "flops" in forward:
         totals["tokens of a row"] = forward["row_length"]
-        totals["operations"] = forward["flops"]["total"]
-        totals["operations without towers' attention"] = forward["flops"]["without_tower_attention"]
+        totals["FLOPs"] = forward["flops"]["total"]
+        totals["FLOPs without towers' attention"] = forward["flops"]["without_tower_attention"]
     if forward.get("cache"):
         totals["cache bytes per token"] = forward["cache"]["per_token"]
         totals["cache bytes per image"] = forward["cache"]["per_image"]

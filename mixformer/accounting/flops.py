@@ -109,7 +109,7 @@ class CountFlops(TorchDispatchMode):
         self._weights = {_storage(weight): name for name, weight in model.named_parameters()}
         self._modules = {id(module): name for name, module in model.named_modules() if name}
         self._found: Counter[tuple[str, Part, str]] = Counter()
-        self._attention = _Attention(self._count_attention)
+        self._attention = _Attention(self._count_attention, self._count_linear)
 
     def __enter__(self) -> CountFlops:
         self._attention.__enter__()
@@ -135,6 +135,11 @@ class CountFlops(TorchDispatchMode):
         path = self._running()
         self._found[path, part_of(path), ATTENTION] += operations
 
+    def _count_linear(self, weight: torch.Tensor, operations: int) -> None:
+        owner = self._weights.get(_storage(weight))
+        path = owner or self._running()
+        self._found[path, part_of(path), PRODUCT if owner is None else LINEAR] += operations
+
     def _running(self) -> str:
         """Path of the innermost module whose code runs; of a mixin that runs for a layer, where its part of it lies.
 
@@ -159,17 +164,25 @@ class CountFlops(TorchDispatchMode):
 
 
 class _Attention(OnMeta):
-    """Counts scaled dot product attention as one operator, and passes by what would fall apart and is not counted."""
+    """Counts Linears and scaled dot product attention as one operator each, and passes by what is not counted.
 
-    def __init__(self, count: Callable[[int], None]) -> None:
+    All of these would fall apart into many operators on the meta device, which takes time.
+    """
+
+    def __init__(self, count: Callable[[int], None], count_linear: Callable[[torch.Tensor, int], None]) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.count_linear = count, count_linear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             q, k, v = (args[place] if place < len(args) else kwargs[name] for place, name in enumerate(_QKV))
             out = q.new_empty(*q.shape[:-1], v.shape[-1])
             self.count(2 * k.shape[-2] * (q.numel() + out.numel()))
+            return out
+        if func is F.linear and len(args) > 1:
+            x, weight = args[:2]
+            out = x.new_empty(*x.shape[:-1], *weight.shape[:-1])
+            self.count_linear(weight, 2 * x.numel() * weight.shape[:-1].numel())
             return out
         if func in _ELEMENTWISE:
             return torch.empty_like(args[0])

@@ -10,6 +10,7 @@ import torch
 from mixformer.accounting.cache_bytes import CacheBytes, is_cached, kept_bytes, token_bytes
 from mixformer.accounting.flops import CountFlops, FlopCount
 from mixformer.accounting.parameters import dtype_name
+from mixformer.accounting.quantised_shapes import unquantised
 from mixformer.accounting.workload import Workload, is_tower, meta_twin, prepared
 from mixformer.cache import KVCache
 
@@ -44,7 +45,7 @@ def count_forward(model: Any, workload: Workload) -> Forward:
     Raises:
         ValueError: sizes that the model does not take, or an input that it needs and that is not known how to make.
     """
-    twin = meta_twin(model).eval()
+    twin = unquantised(meta_twin(model).eval())
     twin = twin.to(twin.dtype)  # parts of other dtypes, which need autocast, do as many operations
     plan, inputs = prepared(twin, workload)
     cache = None

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mixformer.accounting.flops import ATTENTION
 from mixformer.accounting.hook_grid import DEFAULT
 from mixformer.accounting.parameters import TRANSFORMER, Part
-from mixformer.accounting.text import amount, option_text, pair_text, place_text, where_text, workload_text
+from mixformer.accounting.text import amount, counted, option_text, pair_text, place_text, where_text, workload_text
 
 Summary = dict[str, Any]
 _PALETTE = (
     "#4e79a7", "#e08a2e", "#59a14f", "#b07aa1", "#d9565b", "#57a5a0", "#d8b13a", "#9c755f", "#e388a0", "#7fae3f",
     "#6b6ecf", "#a05d56",
 )  # fmt: skip
-_BACKBONE, _NOBODY = "#8792a2", "#e3e7ec"
+_BACKBONE, _NOBODY = "#8792a2", "var(--nobody)"
+_FLOPS = "FLOPs of a forward"
 _STYLE = """
-:root { color-scheme: light; --ink: #1d2530; --soft: #5a6575; --line: #dde2e8; --back: #f5f6f8; }
+:root { color-scheme: light dark; --ink: #1d2530; --soft: #5a6575; --line: #dde2e8; --back: #f5f6f8; --paper: #fff;
+  --nobody: #e3e7ec; --foot: #c3cad3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #363e49; --back: #14181d; --paper: #1d2229; --nobody: #303843;
+    --foot: #56606d; }
+}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
@@ -29,9 +35,10 @@ h3 { font-size: 15px; margin: 22px 0 8px; }
 p { margin: 0 0 10px; max-width: 85ch; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px; }
 .soft { color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin-top: 18px; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
+  margin-top: 18px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 18px; }
-.fact { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
+.fact { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 .fact b { display: block; font-size: 21px; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .fact span { color: var(--soft); font-size: 13px; }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 18px; }
@@ -66,6 +73,10 @@ table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
+td:first-child code { white-space: nowrap; }
+tr.total td { font-weight: 650; }
+details { margin-top: 10px; color: var(--soft); font-size: 13.5px; }
+summary { cursor: pointer; margin-bottom: 8px; overflow-wrap: anywhere; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.text { overflow-wrap: anywhere; }
 @media (max-width: 1080px) {
@@ -114,14 +125,18 @@ def _colours(summaries: Iterable[Summary]) -> dict[str, str]:
 
 def _one(summary: Summary, name: str, colours: dict[str, str]) -> str:
     parts = [
-        f'<h1>{escape(summary["model"])}</h1><p class="soft mono">{escape(name)}</p>',
+        f'<h1>{escape(summary["model"])}</h1><p class="soft"><code>{escape(name)}</code>, '
+        f'{counted(summary["num_layers"], "layer")}</p>',
         _facts(summary),
         _section("Who owns what", _grid_note(), *_grids(summary, colours, {})),
         f'<div class="two">{_section("Parameters", _parameter_bars([summary], colours), _stages(summary))}'
         f"{_operations_section([summary], colours)}</div>",
-        _section("All parts", _part_table(summary)),
+        _section("All parts", _part_table(summary), *(
+            f"<h3>{escape(path)} &nbsp;<span class='soft'>{escape(inner['model'])}</span></h3>{_part_table(inner)}"
+            for path, inner in summary["nested"].items()
+        )),
     ]
-    return "\n".join(parts)
+    return "\n".join(parts)  # fmt: skip
 
 
 def _two(
@@ -139,7 +154,7 @@ def _two(
         for kind, mixins in difference["mixins"].items() if mixins
     )
     parts = [f"<h1>How two models differ</h1>{heads}", _section("In short", changes + _total_table(difference))]
-    legend = '<p class="soft">Pale bars are the first model, full ones the second.</p>'
+    legend = '<p class="soft">Faded bars are the first model, full ones the second.</p>'
     parts.append(
         f'<div class="two">{_section("Parameters", legend, _parameter_bars(summaries, colours))}'
         f"{_operations_section(summaries, colours)}</div>"
@@ -154,9 +169,10 @@ def _two(
             for row in difference["hooks"]
         ]
         parts.append(_section("Hooks that differ", _table(["hook", "where", "first", "second"], rows)))
-    for which, summary in zip(("First", "Second"), summaries, strict=True):
-        marks = {place: "changed" for place in changed}
-        parts.append(_section(f"{which}: who owns what", _grid_note(bool(changed)), *_grids(summary, colours, marks)))
+    marks = dict.fromkeys(changed, "changed")
+    for which, summary, known in zip(("First", "Second"), summaries, ({}, summaries[0]["nested"]), strict=True):
+        grids = _grids(summary, colours, marks, known)
+        parts.append(_section(f"{which}: who owns what", _grid_note(bool(changed)), *grids))
     return "\n".join(parts)  # fmt: skip
 
 
@@ -171,7 +187,7 @@ def _facts(summary: Summary) -> str:
     ]
     facts += [(amount(size, "B"), f"in {dtype}", f"{size:,} bytes") for dtype, size in summary["bytes"].items()]
     if "flops" in forward:
-        facts.append((amount(forward["flops"]["total"]), "operations a forward", f"{forward['flops']['total']:,}"))
+        facts.append((amount(forward["flops"]["total"]), "FLOPs a forward", f"{forward['flops']['total']:,}"))
         cache = forward["cache"]
         if cache:
             facts.append((amount(cache["per_token"], "B"), "of cache a token", f"{cache['per_token']:,} bytes"))
@@ -202,23 +218,49 @@ def _grid_note(changed: bool = False) -> str:
     )
 
 
-def _grids(summary: Summary, colours: dict[str, str], marks: dict[Any, str]) -> list[str]:
+def _grids(
+    summary: Summary, colours: dict[str, str], marks: dict[Any, str], known: Mapping[str, Summary] | None = None
+) -> list[str]:
+    """The grid of a model and those of its nested models, without the nested ones that are `known` already."""
     found = [_grid(summary, "", colours, marks)]
-    found += [_grid(inner, path, colours, marks) for path, inner in summary["nested"].items()]
+    for path, inner in summary["nested"].items():
+        other = (known or {}).get(path)
+        if other is not None and all(other[kind] == inner[kind] for kind in ("model", "grid")):
+            found.append(f'<h3>{escape(path)}</h3><p class="soft">As in the first.</p>')
+        else:
+            found.append(_grid(inner, path, colours, marks))
     return found
 
 
 def _grid(summary: Summary, path: str, colours: dict[str, str], marks: dict[Any, str]) -> str:
-    title = f"<h3>{escape(path)} &nbsp;<span class='soft'>{escape(summary['model'])}</span></h3>" if path else ""
+    what = f"{escape(summary['model'])}, {counted(summary['num_layers'], 'layer')}"
+    title = f"<h3>{escape(path)} &nbsp;<span class='soft'>{what}</span></h3>" if path else ""
+    owners = {name for row in summary["grid"] for chain in row["chains"] for name in chain}
     legend = "".join(
-        f'<li title="{escape(entry["class"])}"><i style="background:{colours[name]}"></i>{escape(name)} '
-        f'<span class="soft">{escape(entry["class"])}</span></li>'
+        f'<li title="{entry["parameters"]:,} parameters"><i style="background:{colours[name]}"></i>{escape(name)} '
+        f'<span class="soft">{escape(entry["class"])}{"" if name in owners else ", no hook"}</span></li>'
         for name, entry in summary["mixins"].items()
     )
     legend += f'<li><i style="background:{_NOBODY}"></i><span class="soft">the default</span></li>'
-    rows = "".join(_grid_row(row, path, colours, marks) for row in summary["grid"])
-    ticks = f'<div></div>{_ticks(summary["num_layers"])}<div class="chain"></div>' if summary["num_layers"] else ""
-    return f'{title}<ul class="legend">{legend}</ul><div class="grid">{rows}{ticks}</div>'
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    folded, has_layers = [], {True: False, False: False}
+    for row in summary["grid"]:
+        layers = range(len(row["chains"])) if row["of_layers"] else [None]
+        plain = all(chain == [DEFAULT] for chain in row["chains"])
+        plain = plain and not any((path, row["hook"], layer) in marks for layer in layers)
+        rows[plain].append(_grid_row(row, path, colours, marks))
+        folded += [row["hook"]] if plain else []
+        has_layers[plain] |= row["of_layers"]
+    axis = '<div class="hook soft">layer</div>'
+    ticks = {
+        plain: f'{axis}{_ticks(summary["num_layers"])}<div class="chain"></div>' if there else ""
+        for plain, there in has_layers.items()
+    }
+    rest = (
+        f"<details><summary>{counted(len(folded), 'hook')} by default everywhere: {escape(', '.join(folded))}</summary>"
+        f'<div class="grid">{"".join(rows[True])}{ticks[True]}</div></details>' if folded else ""
+    )
+    return f'{title}<ul class="legend">{legend}</ul><div class="grid">{"".join(rows[False])}{ticks[False]}</div>{rest}'
 
 
 def _grid_row(row: dict[str, Any], path: str, colours: dict[str, str], marks: dict[Any, str]) -> str:
@@ -251,7 +293,7 @@ def _fill(chain: Sequence[str], colours: dict[str, str]) -> str:
         for number, colour in enumerate(owners)
     ]
     if end < 100:
-        stops.append(f"#c3cad3 {end}% 100%")
+        stops.append(f"var(--foot) {end}% 100%")
     return owners[0] if len(stops) == 1 else f"linear-gradient({','.join(stops)})"
 
 
@@ -286,14 +328,13 @@ def _parameter_bars(summaries: Sequence[Summary], colours: dict[str, str]) -> st
 def _operations_section(summaries: Sequence[Summary], colours: dict[str, str]) -> str:
     problems = [each["forward"]["problem"] for each in summaries if "problem" in each["forward"]]
     if problems:
-        return _section("Operations", *(f"<p>{escape(problem)}</p>" for problem in problems))
+        return _section(_FLOPS, *(f"<p>{escape(problem)}</p>" for problem in problems))
     forwards = [summary["forward"] for summary in summaries]
     values = [
         (part, [row["flops"] for row in rows]) for part, rows in _rows(summaries) if any(row["flops"] for row in rows)
     ]
     lines = [
-        f"<p><b>{amount(forward['flops']['total'])}</b> for {workload_text(forward)}. Without the attention products "
-        f"of towers, which some profilers do not see: <b>{amount(forward['flops']['without_tower_attention'])}</b>.</p>"
+        f"<p><b>{amount(forward['flops']['total'])}</b> for {workload_text(forward)}.{_without_towers(forward)}</p>"
         for forward in forwards
     ]
     largest = ", ".join(
@@ -303,7 +344,14 @@ def _operations_section(summaries: Sequence[Summary], colours: dict[str, str]) -
     most = f"<p><b>{which}:</b> {largest}.</p>" if largest else ""
     rule = f'<p class="soft">{escape(forwards[0]["flops"]["rule"])} Hatched: products of attention.</p>'
     bars = _bars(values, [forward["flops"]["total"] for forward in forwards], colours)
-    return _section("Operations", *lines, most, bars, f"<h3>How it is counted</h3>{rule}")
+    return _section(_FLOPS, *lines, most, bars, f"<h3>How it is counted</h3>{rule}")
+
+
+def _without_towers(forward: dict[str, Any]) -> str:
+    without = forward["flops"]["without_tower_attention"]
+    if without == forward["flops"]["total"]:
+        return ""
+    return f" Without the attention products of towers, which some profilers do not see: <b>{amount(without)}</b>."
 
 
 def _bars(
@@ -341,7 +389,7 @@ def _bar_value(sums: Sequence[int], totals: Sequence[int]) -> str:
 def _pattern(kind: str, colour: str) -> str:
     if kind != ATTENTION:
         return colour
-    return f"repeating-linear-gradient(135deg,{colour} 0 4px,color-mix(in srgb,{colour} 45%,white) 4px 7px)"
+    return f"repeating-linear-gradient(135deg,{colour} 0 4px,color-mix(in srgb,{colour} 45%,var(--paper)) 4px 7px)"
 
 
 # ---------------------------------------------------------------- tables
@@ -356,12 +404,18 @@ def _part_table(summary: Summary) -> str:
             _mono(str(Part(row["owner"], row["part"]))), f"{row['parameters']:,}", f"{row['trainable']:,}",
             escape(sizes or "-"), amount(operations) if operations else "-",
         ])  # fmt: skip
-    return _table(["part", "parameters", "trainable", "bytes", "operations"], rows, {1, 2, 3, 4})
+    sizes = ", ".join(f"{amount(size, 'B')} {dtype}" for dtype, size in summary["bytes"].items())
+    operations = sum(sum(row["flops"].values()) for row in summary["parts"])
+    total = [f"{summary['parameters']:,}", f"{summary['trainable']:,}", escape(sizes), amount(operations) or "-"]
+    rows.append(["total", *total])
+    table = _table(["part", "parameters", "trainable", "bytes", "FLOPs"], rows, {1, 2, 3, 4})
+    head, _, last = table.rpartition("<tr>")
+    return f'{head}<tr class="total">{last}'
 
 
 def _total_table(difference: dict[str, Any]) -> str:
     rows = [
-        [escape(name), *pair_text(pair, name.startswith("operations"))] for name, pair in difference["totals"].items()
+        [escape(name), *pair_text(pair, name.startswith("FLOPs"))] for name, pair in difference["totals"].items()
     ]
     return _table(["", "first", "second", "difference"], rows, {1, 2, 3})
 

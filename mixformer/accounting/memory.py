@@ -5,7 +5,7 @@ Weights, caches and optimiser states follow from shapes; what else lives at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,15 @@ import torch.nn as nn
 
 from mixformer.accounting.parameters import buffer_bytes, nbytes
 from mixformer.accounting.peaks import AnsweringPeaks, TrainingPeaks
-from mixformer.sites import Linear
+from mixformer.accounting.quantised_shapes import quantised_bytes
+from mixformer.quantised import Kind
 from mixformer.transformer import Layer
 
 PROCESS = 350_000_000
 """Bytes of a process that has imported torch and this package and has run a step, on a CPU (measured, torch 2.13)."""
 
-GROUP = 128
-"""Columns of a weight that share a scale in 4 bits; in 8 bits every row has one."""
+Kinds = Mapping[str, Kind]
+"""{path of a Linear: how its weight is held}."""
 
 
 @dataclass(frozen=True)
@@ -50,67 +51,109 @@ def memory_use(**parts: int) -> MemoryUse:
     return MemoryUse({"process": PROCESS, **named})
 
 
-def weight_bytes(model: Any, bits: int | None = None, frozen_only: bool = False) -> int:
+def weight_bytes(model: Any, kinds: Kinds | None = None, frozen_only: bool = False) -> int:
     """Bytes of parameters and buffers.
 
     Args:
         model: on any device.
-        bits: of the weights of Linears but output heads, 8 or 4; None for as they are. Scales are counted: 4 bytes a
-            row of 8 bits, 4 bytes (scale and zero) each 128 columns of 4 bits.
+        kinds: {path of a Linear: kind} of those whose weights are held quantised, with their scales and offsets.
         frozen_only: what requires gradients is held as it is.
     """
-    quantised = {id(each.weight): each for each in quantised_linears(model, frozen_only)} if bits else {}
-    total = buffer_bytes(model)
-    for parameter in model.parameters():
-        linear = quantised.get(id(parameter))
-        if linear is None:
-            total += parameter.nbytes
-        elif bits == 8:
-            total += parameter.numel() + 4 * linear.out_features
-        else:
-            total += parameter.numel() // 2 + 4 * linear.out_features * -(-linear.in_features // GROUP)
-    return total
+    saved = sum(
+        linear.weight.nbytes - quantised_bytes(linear, kind) for linear, kind in _quantised(model, kinds, frozen_only)
+    )
+    return buffer_bytes(model) + nbytes(model.parameters()) - saved
 
 
-def quantised_linears(model: nn.Module, frozen_only: bool = False) -> list[Any]:
-    """The Linears whose weights may be held in fewer bits: those of layers, connectors and towers, no output heads."""
-    heads = {id(module) for mixin in getattr(model, "mixins", {}).values() for module in _head_linears(mixin)}
-    found = [module for module in model.modules() if isinstance(module, Linear) and id(module) not in heads]
-    return [linear for linear in found if not (frozen_only and linear.weight.requires_grad)]
+def _quantised(model: nn.Module, kinds: Kinds | None, frozen_only: bool) -> Iterator[tuple[Any, Kind]]:
+    modules = dict(model.named_modules()) if kinds else {}
+    for path, kind in (kinds or {}).items():
+        linear: Any = modules[path]
+        if not (frozen_only and linear.weight.requires_grad):
+            yield linear, kind
 
 
-def _head_linears(mixin: Any) -> Iterable[nn.Module]:
-    return mixin.children() if "final_forward" in mixin.hooks() else ()
+def _pieces(model: nn.Module, kinds: Kinds | None, rows: int, frozen_only: bool = False) -> int:
+    """A quantised Linear makes its output in pieces and puts them together: the widest output once more.
+
+    Heads are left out: they answer for the last token alone, and in training more lives after them, in the loss.
+    """
+    heads = {
+        id(linear) for mixin in getattr(model, "mixins", {}).values() if "final_forward" in mixin.hooks()
+        for linear in mixin.children()
+    }
+    linears = [linear for linear, _ in _quantised(model, kinds, frozen_only) if id(linear) not in heads]
+    return max((rows * linear.out_features * linear.weight.itemsize for linear in linears), default=0)
 
 
-def _unpacked(linears: Iterable[Any]) -> int:
-    """The largest weight that is unpacked while its Linear runs."""
-    return max((linear.weight.nbytes for linear in linears), default=0)
+@dataclass(frozen=True)
+class Reading:
+    """How weights come from their files.
+
+    Attributes:
+        copied: what is read is converted or put together. Otherwise it becomes the weight as it is.
+        ahead: bytes that are read before they are needed.
+        sizes: {parameter: bytes in the files}; as in the model where nothing is said.
+    """
+
+    copied: bool = True
+    ahead: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-def loading_memory(model: Any, bits: int | None = None, copied: bool = True) -> MemoryUse:
-    """Reading weights tensor by tensor.
+def loading_memory(model: Any, kinds: Kinds | None = None, reading: Reading | None = None) -> MemoryUse:
+    """Reading weights tensor by tensor, with the next ones in memory already.
 
     Args:
         model: of the dtypes that it is loaded in.
-        bits: as of `weight_bytes`.
-        copied: what is read is converted or put together, so that the largest tensor is there once more. Otherwise it
-            becomes the weight as it is.
+        kinds: as of `weight_bytes`.
+        reading: how.
     """
-    largest = max((parameter.nbytes for parameter in model.parameters()), default=0)
-    return memory_use(weights=weight_bytes(model, bits), tensor_being_read=largest if copied or bits else 0)
+    reading, total = reading or Reading(), weight_bytes(model, kinds)
+    if not reading.copied and not kinds:
+        return memory_use(weights=total)
+    fewer = {
+        f"{path}.weight": quantised_bytes(linear, (kinds or {})[path])
+        for path, linear in model.named_modules() if path in (kinds or {})
+    }  # fmt: skip
+    sizes = [
+        (fewer.get(name, parameter.nbytes), reading.sizes.get(name, parameter.nbytes))
+        for name, parameter in model.named_parameters()
+    ]
+    if not reading.ahead:  # the largest may be the last
+        return memory_use(weights=total, tensors_being_read=max((read for _, read in sizes), default=0))
+    return memory_use(weights=total, tensors_being_read=_reading_peak(sizes, reading.ahead) - total)
 
 
-def inference_memory(model: Any, peaks: AnsweringPeaks, bits: int | None = None) -> MemoryUse:
-    """Weights and what answering holds; `bits` as of `weight_bytes`."""
+def _reading_peak(sizes: Sequence[tuple[int, int]], ahead: int) -> int:
+    """The most that is there while tensors of (bytes as held, bytes as read) come one after the other.
+
+    There are those that are held, the one that is made, what it is made of, and the next ones, at least one. Threads
+    read them, so that they may come later and the real peak may be lower.
+    """
+    most = held = waiting = last = 0
+    for index, (made, read) in enumerate(sizes):
+        if last <= index:
+            waiting, last = waiting + read, index + 1
+        while last < len(sizes) and (last - index < 2 or waiting + sizes[last][1] <= ahead):
+            waiting, last = waiting + sizes[last][1], last + 1
+        held += made
+        taken = read if made == read else 0  # as it is
+        most, waiting = max(most, held + waiting - taken), waiting - read
+    return most
+
+
+def inference_memory(model: Any, peaks: AnsweringPeaks, kinds: Kinds | None = None, rows: int = 0) -> MemoryUse:
+    """Weights and what answering holds; `kinds` as of `weight_bytes`, `rows` the tokens of a batch."""
     return memory_use(
-        weights=weight_bytes(model, bits), cache=peaks.cache, cross_attention_cache=peaks.kept,
-        activations=peaks.activations + (_unpacked(quantised_linears(model)) if bits else 0),
+        weights=weight_bytes(model, kinds), cache=peaks.cache, cross_attention_cache=peaks.kept,
+        activations=peaks.activations + _pieces(model, kinds, rows),
     )
 
 
 def training_memory(
-    twin: Any, peaks: TrainingPeaks, devices: int = 1, sharded: bool = False, bits: int | None = None
+    twin: Any, peaks: TrainingPeaks, devices: int = 1, sharded: bool = False, kinds: Kinds | None = None,
+    rows: int = 0,
 ) -> MemoryUse:
     """A step of the training loop, on each of several devices.
 
@@ -123,10 +166,11 @@ def training_memory(
         peaks: what its step holds.
         devices: processes that train together, one device each.
         sharded: they share the weights (FSDP2).
-        bits: as of `weight_bytes`, for frozen weights.
+        kinds: as of `weight_bytes`, for frozen weights.
+        rows: tokens of a batch.
     """
-    weights = weight_bytes(twin, bits, frozen_only=True)
-    unpacked = _unpacked(quantised_linears(twin, frozen_only=True)) if bits else 0
+    weights = weight_bytes(twin, kinds, frozen_only=True)
+    unpacked = _pieces(twin, kinds, rows, frozen_only=True)
     if devices > 1 and sharded:
         return _shared_memory(twin, peaks, devices, weights, unpacked)
     return memory_use(

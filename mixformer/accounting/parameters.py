@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mixformer.quantised import QuantisedLinear
+
 TRANSFORMER = "transformer"
 LAYERS = "layers"
 _OF_LAYER = re.compile(r"transformer\.layers\.\d+(?:\.(.+))?")
@@ -37,6 +39,8 @@ class Part:
 class PartSize:
     """What a part holds: numbers of parameters and bytes by dtype, each tied parameter counted once, where it is first.
 
+    Quantised weights count as many as they stand for; their scales take bytes only.
+
     Attributes:
         parameters: of the part.
         trainable: those that require gradients.
@@ -47,11 +51,11 @@ class PartSize:
     trainable: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, parameter: torch.Tensor) -> None:
-        """Count one more."""
-        dtype = dtype_name(parameter.dtype)
-        self.parameters += parameter.numel()
-        self.trainable += parameter.numel() if parameter.requires_grad else 0
+    def add(self, parameter: torch.Tensor, number: int | None = None) -> None:
+        """Count one more, as so many if it does not stand for itself."""
+        dtype, number = dtype_name(parameter.dtype), parameter.numel() if number is None else number
+        self.parameters += number
+        self.trainable += number if parameter.requires_grad else 0
         self.bytes[dtype] = self.bytes.get(dtype, 0) + parameter.nbytes
 
     def join(self, other: PartSize) -> None:
@@ -82,8 +86,12 @@ def part_of(path: str) -> Part:
 def part_sizes(model: Any) -> dict[Part, PartSize]:
     """What every part of a model holds, the backbone's first and mixins in their order."""
     found: dict[Part, PartSize] = {}
+    numbers: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            numbers |= {id(module.codes): module.out_features * module.in_features, id(module.scale): 0}
     for name, parameter in model.named_parameters():
-        found.setdefault(part_of(name), PartSize()).add(parameter)
+        found.setdefault(part_of(name), PartSize()).add(parameter, numbers.get(id(parameter)))
     owners = [TRANSFORMER, *model.mixins]
     return dict(sorted(found.items(), key=lambda item: owners.index(item[0].owner)))
 

@@ -26,9 +26,19 @@ from mixformer.accounting.changes import (
     variant_of,
     workload_of,
 )
-from mixformer.accounting.memory import MemoryUse, inference_memory, is_sharded, loading_memory, training_memory
+from mixformer.accounting.memory import (
+    MemoryUse,
+    Reading,
+    inference_memory,
+    is_sharded,
+    loading_memory,
+    training_memory,
+)
 from mixformer.accounting.parameters import part_sizes, total_size
 from mixformer.accounting.peaks import answering_peaks, training_peaks, training_twin
+from mixformer.accounting.quantised_shapes import chosen_kinds, kinds_of, unquantised
+from mixformer.accounting.workload import meta_twin
+from mixformer.quantised import Kind
 
 LOADING, INFERENCE, TRAINING = "loading", "inference", "training"
 
@@ -60,6 +70,7 @@ class Purpose:
         use: what it needs.
         fits: whether that is there; None where no memory was given.
         remedies: ways to make it fit, each a list of changes that are made one after the other.
+        problem: why a stage could not be planned; its use is empty then.
     """
 
     name: str
@@ -67,6 +78,7 @@ class Purpose:
     use: MemoryUse
     fits: bool | None = None
     remedies: list[list[Remedy]] = field(default_factory=list)
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class PlannedStage:
 
 def make_plan(
     model: Any, setup: Setup, memory: int | None = None, stages: Sequence[PlannedStage] = (), engine: str = "auto",
-    copied: bool = True,
+    reading: Reading | None = None,
 ) -> Plan:
     """What loading, answering and training need, and what would make it fit.
 
@@ -123,18 +135,23 @@ def make_plan(
         memory: bytes of each device; None not to judge.
         stages: of training; none for one that trains everything with the loop's defaults.
         engine: `fsdp`, `ddp` or `auto`, for several devices.
-        copied: as of `loading_memory`.
+        reading: as of `loading_memory`.
 
     Raises:
-        ValueError: sizes that the model does not take.
+        ValueError: sizes that the model does not take, or the only stage cannot be planned.
     """
     with tqdm(desc="Forwards and backwards without memory", unit="", leave=False, disable=None) as bar:
-        planner = _Planner(model, engine, copied, bar)
+        planner = _Planner(model, engine, reading or Reading(), bar)
         purposes = [planner.purpose(LOADING, setup, memory), planner.purpose(INFERENCE, setup, memory)]
         for stage in stages or _default_stages():
             name = f"{TRAINING} ({stage.name})" if stage.name else TRAINING
             used = replace(setup, batch=stage.batch or setup.batch, context=stage.context or setup.context)
-            purposes.append(planner.purpose(name, used, memory, stage.config))
+            try:
+                purposes.append(planner.purpose(name, used, memory, stage.config))
+            except ValueError as error:  # it may train what its task alone brings; loading and answering are known
+                if len(stages) == 1:
+                    raise
+                purposes.append(Purpose(name, used, MemoryUse(), problem=str(error)))
     size = total_size(part_sizes(model).values())
     most = max(size.bytes, key=lambda dtype: size.bytes[dtype])
     return Plan(type(model).__name__, size.parameters, most, memory, purposes)
@@ -149,8 +166,10 @@ def _default_stages() -> list[PlannedStage]:
 class _Planner:
     """Estimates of one model; what is run on the meta device is run once."""
 
-    def __init__(self, model: Any, engine: str, copied: bool, bar: Any) -> None:
-        self.model, self.engine, self.copied, self.bar = model, engine, copied, bar
+    def __init__(self, model: Any, engine: str, reading: Reading, bar: Any) -> None:
+        self.stored = kinds_of(model)
+        self.model = unquantised(meta_twin(model)) if self.stored else model
+        self.engine, self.reading, self.bar = engine, reading, bar
         self._known: dict[Any, Any] = {}
 
     def purpose(self, name: str, setup: Setup, memory: int | None, config: Any = None) -> Purpose:
@@ -163,15 +182,22 @@ class _Planner:
 
     def use(self, name: str, setup: Setup, config: Any) -> MemoryUse:
         """What a use of the model needs of one device."""
+        kinds = self._kinds(setup)
         if name == LOADING:
-            return loading_memory(variant_of(self.model, setup), setup.bits, self.copied or setup.dtype is not None)
-        key = name, replace(setup, bits=None, devices=1)
+            sizes = self.reading.sizes or {name: p.nbytes for name, p in self.model.named_parameters()}
+            reading = replace(self.reading, copied=self.reading.copied or setup.dtype is not None, sizes=sizes)
+            return loading_memory(variant_of(self.model, setup), kinds, reading)
+        key = name, replace(setup, quantise=None, devices=1)
         if key not in self._known:
             self._known[key] = self._run(name, setup, config)
         model, peaks = self._known[key]
+        rows = setup.batch * setup.context
         if name == INFERENCE:
-            return inference_memory(model, peaks, setup.bits)
-        return training_memory(model, peaks, setup.devices, is_sharded(self.model, self.engine), setup.bits)
+            return inference_memory(model, peaks, kinds, rows)
+        return training_memory(model, peaks, setup.devices, is_sharded(self.model, self.engine), kinds, rows)
+
+    def _kinds(self, setup: Setup) -> dict[str, Kind]:
+        return self.stored or (chosen_kinds(self.model, setup.quantise) if setup.quantise else {})
 
     def _run(self, name: str, setup: Setup, config: Any) -> tuple[Any, Any]:
         self.bar.update()
@@ -179,6 +205,12 @@ class _Planner:
         workload = workload_of(model, setup)
         config = config_of(config, setup) if name != INFERENCE else None
         twin = model if config is None else training_twin(model, config)
+        held = [path for path in self.stored if config is not None and twin.get_submodule(path).weight.requires_grad]
+        if held:
+            raise ValueError(
+                f"{len(held)} quantised weights, such as '{held[0]}', would be trained, and cannot be. Train a LoRA on "
+                f"them: --lora 8."
+            )
         try:
             if config is None:
                 return twin, answering_peaks(twin, workload)
@@ -206,11 +238,12 @@ class _Planner:
                 made.append(Remedy(text, setting, use.total, use.total <= memory))
             return made, setup
 
-        quantised, shorter = [smaller_dtype, bits_8, bits_4], [half_context] * 6
+        quantised = [smaller_dtype] if self.stored else [smaller_dtype, bits_8, bits_4]
+        shorter = [half_context] * 6
         if name == LOADING:
-            return [follow(setup, quantised)[0]]
+            return [way for way in [follow(setup, quantised)[0]] if way]
         if name == INFERENCE:
-            return [follow(setup, [smaller_dtype, one_row, bits_8, bits_4, *shorter])[0]]
+            return [way for way in [follow(setup, [smaller_dtype, one_row, *quantised[1:], *shorter])[0]] if way]
         saving: list[Change] = [chunked_loss, checkpointing, one_row]
         saved, after = follow(setup, saving)
         if saved and saved[-1].fits:

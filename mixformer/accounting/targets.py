@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixformer.accounting.memory import Reading
 from mixformer.config import Settings, import_class, read_settings
+from mixformer.conversion.opened import Opened
+from mixformer.filling import READ_AHEAD
 
 
 def settings_of(target: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Settings:
@@ -34,36 +37,46 @@ def settings_of(target: str, overrides: Sequence[str] = (), sections: Sequence[s
     return read_settings(import_class(target, "target"), None, overrides, sections)
 
 
-def is_copied(settings: Settings) -> bool:
-    """Whether loading converts tensors or puts them together, or makes them; an own folder's are taken as they are."""
+def reading_of(settings: Settings) -> Reading:
+    """How loading reads: a folder of the own format is read ahead, and what is not converted is taken as it is."""
     from mixformer.checkpoint import recognise
 
-    return settings.weights is None or settings.dtype is not None or recognise(settings.weights) != "own"
+    if settings.weights is None or not settings.weights.exists() or recognise(settings.weights) != "own":
+        return Reading()
+    with Opened(settings.weights, mixins=settings._known_classes(), verify=False) as opened:
+        sizes = {name: tensor.nbytes for name, tensor in opened.model.state_dict(keep_vars=True).items()}
+    return Reading(settings.dtype is not None, READ_AHEAD, sizes)
 
 
 def shapes_of(settings: Settings) -> Any:
     """The model of some settings on the meta device, its tensors of the dtypes that they would be loaded in.
 
-    Where `model:` gives sizes these are built, whatever the `weights` hold; otherwise the folder's own.
+    Where the `weights` are not there yet, the sizes that `model:` gives are taken.
 
     Raises:
-        ValueError: the folder does not fit the settings.
+        ValueError: the folder does not fit the settings, or there is neither a folder nor sizes.
     """
-    if settings.weights is None or settings.given.get("model"):
+    if settings.weights is None:
         return settings.build_model("meta")
     if not settings.weights.exists():
+        if settings.given.get("model"):
+            return settings.build_model("meta")
         raise ValueError(
             f"weights: {settings.weights} does not exist. Fetch or train it first, or look at a fresh "
             f"{settings.model_class.__name__} of the sizes that the configuration gives: --weights null."
         )
-    model = settings.load_model("meta")
+    try:
+        model = settings.load_model("meta")
+    except ValueError as error:
+        if not settings.given.get("model"):
+            raise
+        raise ValueError(f"{error} To look at the sizes of the configuration alone: --weights null.") from error
     dtype = settings.torch_dtype()
     if dtype is not None:
         return model.to(dtype)
-    from mixformer.conversion.opened import Opened
-
     with Opened(settings.weights, mixins=settings._known_classes(), verify=False) as opened:
         stored = {name: tensor.dtype for name, tensor in opened.model.state_dict(keep_vars=True).items()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(stored.get(name, model.dtype))
+        if tensor.is_floating_point():  # not the codes of quantised weights
+            tensor.data = tensor.data.to(stored.get(name, model.dtype))
     return model

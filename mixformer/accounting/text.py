@@ -9,9 +9,11 @@ from typing import Any
 
 from mixformer.accounting.parameters import Part
 from mixformer.accounting.plan import Plan, Remedy
+from mixformer.accounting.quantised_shapes import INSTALL, can_quantise
 from mixformer.chains import shown_layers
 
 _PREFIXES = ("", "k", "M", "G", "T", "P")
+_COLUMNS = 5  # purposes side by side
 _NUMBER = re.compile(r"-$|[+-]?\d")
 
 
@@ -43,13 +45,14 @@ def description(summary: dict[str, Any], path: str = "") -> list[str]:
 
 def _part_lines(summary: dict[str, Any]) -> list[list[str]]:
     """Parameters, bytes and operations of the backbone and of each mixin, and of their parts if there are several."""
-    rows = [["", "parameters", "trainable", "bytes", "operations"]]
+    rows = [["", "parameters", "trainable", "bytes", "FLOPs"]]
     classes = {name: f"{name} ({entry['class']})" for name, entry in summary["mixins"].items()}
     for owner in ("transformer", *summary["mixins"]):
         parts = [row for row in summary["parts"] if row["owner"] == owner]
         rows.append([classes.get(owner, owner), *_figures(parts)])
         if len(parts) > 1:
             rows += [[f"  {Part(owner, row['part'])}", *_figures([row])] for row in parts]
+    rows.append(["total", *_figures(summary["parts"])])
     return rows
 
 
@@ -108,12 +111,11 @@ def _forward_lines(forward: dict[str, Any] | None) -> list[str]:
     if "problem" in forward:
         return ["", forward["problem"]]
     flops, cache = forward["flops"], forward["cache"]
-    least = amount(flops["without_tower_attention"])
-    lines = [
-        "", f"A forward of {workload_text(forward)}:", "",
-        f"  {amount(flops['total'])} operations; {least} without the attention products of towers, which some "
-        f"profilers do not see",
-    ]  # fmt: skip
+    least = amount(flops["without_tower_attention"], "FLOPs")
+    total = amount(flops["total"], "FLOPs")
+    if flops["without_tower_attention"] != flops["total"]:
+        total += f" all counted; {least} without the attention products of towers, which some profilers do not see"
+    lines = ["", f"A forward of {workload_text(forward)}:", "", f"  {total}"]
     if flops["terms"]:
         shown = (f"{term['part']} {term['operator']} {term['share']:.0%}" for term in flops["terms"][:5])
         lines.append(f"  most of it: {', '.join(shown)}")
@@ -129,13 +131,13 @@ def comparison_lines(difference: dict[str, Any], names: Sequence[str]) -> list[s
     first, second = names
     lines = [f"{first}: {difference['models'][0]}", f"{second}: {difference['models'][1]}", ""]
     rows = [["", "first", "second", "difference"]]
-    rows += [[name, *pair_text(pair, name.startswith("operations"))] for name, pair in difference["totals"].items()]
+    rows += [[name, *pair_text(pair, name.startswith("FLOPs"))] for name, pair in difference["totals"].items()]
     lines += _aligned(rows)
     for kind, mixins in difference["mixins"].items():
         if mixins:
             lines += ["", f"mixins {kind}: {', '.join(mixins)}"]
     if difference["parts"]:
-        rows = [["part", "parameters", "", "difference", "operations", "", "difference"]]
+        rows = [["part", "parameters", "", "difference", "FLOPs", "", "difference"]]
         rows += [
             [row["part"], *pair_text(row["parameters"]), *pair_text(row["flops"], True)] for row in difference["parts"]
         ]
@@ -181,27 +183,42 @@ def pair_text(pair: Sequence[int | None], short: bool = False) -> list[str]:
 def plan_lines(plan: Plan) -> list[str]:
     """A plan as lines for people."""
     lines = [f"{plan.model}: {plan.parameters:,} parameters, most of them {plan.dtype}", ""]
-    kinds = list(dict.fromkeys(part for purpose in plan.purposes for part in purpose.use.parts))
-    rows = [["", *(purpose.name for purpose in plan.purposes)]]
-    rows += [[kind, *(_size(purpose.use.parts.get(kind, 0)) for purpose in plan.purposes)] for kind in kinds]
-    rows.append(["at the peak", *(_size(purpose.use.total) for purpose in plan.purposes)])
-    if plan.memory is not None:
-        rows.append([f"into {_size(plan.memory)}", *("fits" if p.fits else "too much" for p in plan.purposes)])
-    width = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += [
-        f"  {row[0]:<{width[0]}}  " + "  ".join(f"{text:>{width[n]}}" for n, text in enumerate(row[1:], start=1))
-        for row in rows
-    ]
-    lines += ["", *(f"  {purpose.name}: {_sizes(purpose)}" for purpose in plan.purposes if purpose.name != "loading")]
+    known = [purpose for purpose in plan.purposes if purpose.problem is None]
+    lines += ["Peaks of each device:" if any(p.setup.devices > 1 for p in known) else "Peaks:", ""]
+    for first in range(0, len(known), _COLUMNS):
+        lines += [*_use_lines(known[first : first + _COLUMNS], plan.memory), ""]
+    lines += [f"  {purpose.name}: {_sizes(purpose)}" for purpose in known if purpose.name != "loading"]
+    for purpose in plan.purposes:
+        if purpose.problem is not None:
+            lines += ["", *textwrap.wrap(f"{purpose.name} cannot be planned: {purpose.problem}", 110,
+                                         initial_indent="  ", subsequent_indent="    ")]  # fmt: skip
     if any(purpose.setup.devices > 1 or _takes_devices(purpose) for purpose in plan.purposes):
         lines += ["", "  Of several devices each process reads all weights into its own memory before they are shared."]
-    for purpose in plan.purposes:
+    quantised = any("quantise" in remedy.setting for purpose in known for way in purpose.remedies for remedy in way)
+    if quantised and not can_quantise():
+        lines += ["", f"  Quantising needs torchao, which is not installed: {INSTALL}."]
+    for purpose in known:
         for number, way in enumerate(purpose.remedies):
             start = "or" if number else f"What would make {purpose.name} fit, one after the other"
             lines += ["", f"{start}:", *_aligned([_remedy(remedy) for remedy in way])]
         if purpose.fits is False and not any(way and way[-1].fits for way in purpose.remedies):
             lines += ["", f"No change that is known here makes {purpose.name} fit."]
     return lines
+
+
+def _use_lines(purposes: Sequence[Any], memory: int | None) -> list[str]:
+    """A column of sizes for each purpose."""
+    parts = list(dict.fromkeys(part for purpose in purposes for part in purpose.use.parts))
+    rows = [["", *(purpose.name for purpose in purposes)]]
+    rows += [[part, *(_size(purpose.use.parts.get(part, 0)) for purpose in purposes)] for part in parts]
+    rows.append(["at the peak", *(_size(purpose.use.total) for purpose in purposes)])
+    if memory is not None:
+        rows.append([f"into {_size(memory)}", *("fits" if purpose.fits else "too much" for purpose in purposes)])
+    width = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        f"  {row[0]:<{width[0]}}  " + "  ".join(f"{text:>{width[n]}}" for n, text in enumerate(row[1:], start=1))
+        for row in rows
+    ]
 
 
 def _takes_devices(purpose: Any) -> bool:
@@ -220,4 +237,4 @@ def _remedy(remedy: Remedy) -> list[str]:
 
 
 def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number else "-"
+    return amount(number, "B") if number else "-"
