@@ -600,7 +600,7 @@ def test_the_mini_still_finds_the_button(capsys: pytest.CaptureFixture[str], tmp
         assert all(abs(a - b) <= 12 for a, b in zip(found, expected, strict=True)), (kind, text)
 
 
-def test_the_run_at_size_writes_loads_and_answers(
+def test_the_run_at_size_writes_loads_answers_and_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def here(options: Any, threads: int) -> Any:
@@ -608,12 +608,14 @@ def test_the_run_at_size_writes_loads_and_answers(
 
     monkeypatch.setattr(at_size, "_child", here)  # processes of their own take seconds to start
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    at_size.main(["cogagent", "--small", "--answer", "3", "--threads", "1", "--json", "--quantise", "{'*': int4}"])
+    options = "--small --answer 3 --threads 1 --json --steps 2 --quantise int4"
+    at_size.main(["cogagent", *options.split()])
     found = json.loads(capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
     stages = ("writing", "loading", "encoding (image)", "encoding (cross)", "prefill", "per token", "tokens per second")
     assert all(found[stage] > 0 for stage in stages)
-    assert found["peak"] >= found["peak of loading"] >= found["peak at start"] > 50e6
+    assert found["peak of training"] >= found["peak"] >= found["peak of loading"] >= found["peak at start"] > 50e6
+    assert found["losses"][1] < found["losses"][0] and found["seconds per step"] > 0
     assert found["weights in memory"] < 0.6 * found["bytes on disk"]
     assert 0.3 < found["spread of logits"] < 3
 

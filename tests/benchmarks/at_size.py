@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.at_size cogagent          36.6 GB on disk, 4-bit in memory, within 16 GB
     python -m tests.benchmarks.at_size llama             13.5 GB on disk, bf16 in memory, within 15 GB
+    python -m tests.benchmarks.at_size cogagent --steps 2     and then trains a LoRA for two steps
     python -m tests.benchmarks.at_size cogagent --part 0.1    a tenth of the layers, at full width
     python -m tests.benchmarks.at_size cogagent --small       a few thousand parameters, to see that it runs
 
@@ -39,6 +40,7 @@ KINDS = {"cogagent": {"*": "int4"}, "llama": None}
 QUESTION = 24  # tokens of text after the picture
 ANSWER = 16
 SHARD = "5GB"
+SECONDS = ("writing", "checking", "loading", "prefill", "per token", "seconds per step")
 _BLOCK = 2**24 + 43  # random numbers that are drawn once; a tensor takes a run of them from a place of its own
 
 
@@ -165,14 +167,15 @@ def peak() -> int:
         return found if sys.platform == "darwin" else found * 1024
 
 
-@torch.no_grad()
-def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, shown: bool = True) -> dict[str, Any]:
-    """Load a folder, run one picture and an answer, and return seconds of each stage and the peak.
+def run(
+    folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, shown: bool = True, steps: int = 0
+) -> dict[str, Any]:
+    """Load a folder, run one picture and an answer, train a LoRA, and return seconds of each stage and the peaks.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: logits or losses that are not finite.
     """
-    from mixformer import KVCache, from_pretrained
+    from mixformer import from_pretrained
     from mixformer.quantised import quantised_table
 
     torch.set_num_threads(threads)
@@ -184,10 +187,21 @@ def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, sho
     found["weights in memory"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if shown:
         print(quantised_table(model), file=sys.stderr)
+    _answer(model, answer, found, shown)
+    found["peak"] = peak()
+    if steps:
+        _train_lora(model, steps, found, shown)
+    return found
+
+
+@torch.no_grad()
+def _answer(model: Any, answer: int, found: dict[str, Any], shown: bool) -> None:
+    from mixformer import KVCache
+
     batch = _question(model)
-    for name in ("image", "cross"):
-        if name in model.mixins:
-            _time_encoding(model.get_mixin(name), found, f"encoding ({name})", shown)
+    encoders = {name: model.get_mixin(name) for name in ("image", "cross") if name in model.mixins}
+    for name, encoder in encoders.items():
+        _time_encoding(encoder, found, f"encoding ({name})", shown)
     length = batch["input_ids"].shape[1]
     cache = KVCache(model, 1, length + answer)
     with _timed(found, "prefill"):
@@ -206,8 +220,28 @@ def run(folder: Path, quantise: Any, answer: int = ANSWER, threads: int = 2, sho
     found["per token"] = sorted(seconds)[len(seconds) // 2]
     found["tokens per second"] = len(seconds) / sum(seconds)
     found["spread of logits"] = float(logits.float().std())
-    found["peak"] = peak()
-    return found
+    for encoder in encoders.values():
+        del encoder.encode
+
+
+def _train_lora(model: Any, steps: int, found: dict[str, Any], shown: bool) -> None:
+    from mixformer.mixins import LoRAMixin
+    from mixformer.train import TrainConfig, train
+
+    model.add_mixin("lora", LoRAMixin(["qkv", "dense", "gate", "up", "down"], rank=8))
+    batch = _question(model)
+    labels = batch["input_ids"].clone()
+    labels[:, :-QUESTION] = -100
+    losses = []
+    for _ in range(steps):
+        options = TrainConfig(steps=1, warmup_steps=0, schedule="constant", trainable=["lora"], progress=False)
+        with _timed(found, "training"):
+            losses.append(train(model, [{**batch, "labels": labels}], options)["total"])
+    found["seconds per step"] = found.pop("training") / steps
+    found["losses"] = losses
+    found["peak of training"] = peak()
+    if shown:
+        print(f"a LoRA's step: {found['seconds per step']:.1f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -252,12 +286,12 @@ def _question(model: Any) -> dict[str, torch.Tensor]:
 
 def measure(
     name: str, folder: Path, part: float = 1.0, small: bool = False, quantise: Any = None, threads: int = 2,
-    answer: int = ANSWER, shown: bool = True,
+    answer: int = ANSWER, shown: bool = True, steps: int = 0,
 ) -> dict[str, Any]:
     """Write and run in processes of their own."""
     options: dict[str, Any] = {
         "name": name, "folder": str(folder), "part": part, "small": small, "shown": shown, "quantise": quantise,
-        "answer": answer, "threads": threads,
+        "answer": answer, "threads": threads, "steps": steps,
     }
     found: dict[str, Any] = {"model": name, "part of the layers": part}
     for stage in ("write", "run"):
@@ -283,7 +317,9 @@ def _as_child(options: dict[str, Any]) -> dict[str, Any]:
         with _timed(found, "writing" if is_new else "checking", options["shown"]):
             size = write(options["name"], folder, options["part"], options["small"], shown=options["shown"])
         return {"bytes on disk": size, **found, **({"peak of writing": peak()} if is_new else {})}
-    return run(folder, options["quantise"], options["answer"], options["threads"], options["shown"])
+    return run(
+        folder, options["quantise"], options["answer"], options["threads"], options["shown"], options["steps"]
+    )
 
 
 def _check_choices(config: Any, quantise: Any) -> None:
@@ -303,7 +339,7 @@ def table(found: dict[str, Any]) -> str:
     for name, value in found.items():
         if name in ("bytes on disk", "weights in memory", "limit") or name.startswith("peak"):
             text = f"{value / 1e9:.2f} GB"
-        elif name in ("writing", "checking", "loading", "prefill", "per token") or name.startswith("encoding"):
+        elif name in SECONDS or name.startswith("encoding"):
             text = f"{value:.2f} s"
         else:
             text = f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -323,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quantise", help="a kind, {selector: kind}, or none (default: int4 for cogagent)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--answer", type=int, default=ANSWER, help="tokens of the answer")
+    parser.add_argument("--steps", type=int, default=0, help="of training a LoRA on the answered question (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -338,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
         found = measure(
             options.model, Path(folder), options.part, options.small, None if quantise == "none" else quantise,
-            options.threads, options.answer, shown=not options.json,
+            options.threads, options.answer, not options.json, options.steps,
         )
     print(json.dumps(found, indent=2) if options.json else table(found))
     if found["peak"] > found["limit"]:
