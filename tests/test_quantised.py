@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.nn as nn
@@ -546,6 +547,40 @@ def test_weights_that_hold_a_merged_lora_are_not_quantised() -> None:
     merge_loras(model)
     quantise(model, {"language": "int8"})
     assert (model(IDS) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def train_lora(folder: Path, choice: str) -> None:
+    """Three steps of two rows, one a process if there are two; leave losses and LoRA weights."""
+    from mixformer.train.parallel import engine_of
+
+    engine, model = engine_of(choice, minutes=3), lora_on_quantised("int4/32")
+    rows = [torch.cat([IDS, IDS.flip(1)]) + step for step in range(3)]
+    own = [ids[engine.rank :: engine.world_size] for ids in rows]
+    config = TrainConfig(
+        steps=3, warmup_steps=1, trainable=["lora"], progress=False, log_every=1, log_path=str(folder / "log.jsonl")
+    )
+    train(model, [{"input_ids": ids, "labels": ids} for ids in own], config, engine=engine)
+    with engine.whole(model) as whole:
+        if whole is not None:
+            torch.save(whole.state_dict(), folder / "weights.pt")
+    engine.close()
+
+
+@pytest.mark.parametrize("choice", ["ddp", "fsdp"])
+def test_two_processes_train_a_lora_on_quantised_weights_as_one_does(choice: str, tmp_path: Path) -> None:
+    forks.shared().run("test_quantised.train_lora", tmp_path / choice, choice)
+    (tmp_path / "single").mkdir()
+    train_lora(tmp_path / "single", "single")
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in (choice, "single")]
+    two, one = ([json.loads(line)["step_loss"] for line in log] for log in logs)
+    assert len(one) == 3 and one[2] < one[0]
+    assert two == pytest.approx(one, abs=1e-6, rel=0)
+    found, expected = (torch.load(tmp_path / name / "weights.pt") for name in (choice, "single"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith((".codes", ".scale")):
+            assert torch.equal(found[name], tensor)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
 def test_merging_into_quantised_weights_is_refused_and_works_on_what_they_stand_for() -> None:
