@@ -15,12 +15,14 @@ from mixformer.testing import jitter, tiny_model
 from mixformer.train.state import seed_all
 
 torch.set_num_threads(1)
-LIMIT = 400  # seconds; a test that takes longer hangs, and a suite that hangs tells nobody where
+LIMIT = 3  # seconds; a test that takes longer hangs, and a suite that hangs tells nobody where
 _stderr: list[int] = []
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     _stderr.append(os.dup(sys.__stderr__.fileno()))  # before output is captured
+    if getattr(config.option, "numprocesses", None):  # of pytest-xdist: fixtures of a file are made once
+        config.option.dist, config.option.maxworkerrestart = "loadfile", "0"
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -72,7 +72,7 @@ def test_the_two_commands_are_one_line_each_and_name_files_that_exist() -> None:
     commands = [line for line in blocks(TEXT)[0][1].splitlines() if not line.startswith("#")]
     assert commands == [
         "pip install -e . && python -m models.cogagent --config examples/configs/cogagent-mini.yaml",
-        'pip install -e ".[test]" && python -m pytest',
+        'pip install -e ".[test]" && python -m pytest -n 2',
     ]
     configs = set(re.findall(r"examples/configs/[\w.-]+", TEXT))
     assert configs and all((ROOT / path).is_file() for path in configs)
@@ -104,7 +104,7 @@ def test_the_jobs_named_are_the_jobs_there_are() -> None:
 
 def test_the_commands_of_the_continuous_check_are_those_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for command in ('pip install -e ".[test]"', "python -m pytest"):
+    for command in ('pip install -e ".[test]"', "python -m pytest -n 2"):
         assert command in script.splitlines()
 
 
