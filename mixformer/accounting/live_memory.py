@@ -91,7 +91,7 @@ class DeviceKernels(OnMeta):
         kwargs = kwargs or {}
         attends = func is F.scaled_dot_product_attention
         if attends and self.attention_of_products:
-            return _attention_of_products(*args, **kwargs)
+            return _of_products(*args, **kwargs)
         if self.autocast is not None and func in _LOWERED:
             args = tuple(self._lowered(value) for value in args)
             kwargs = {name: self._lowered(value) for name, value in kwargs.items()}
@@ -116,7 +116,7 @@ def _fused_attention(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:
     if attn_mask is not None and attn_mask.requires_grad:  # no kernel gives a bias its gradient
-        return _attention_of_products(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _of_products(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(q.dtype)  # the kernels add it
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -124,16 +124,7 @@ def _fused_attention(
     return out
 
 
-def _attention_of_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> torch.Tensor:
-    """As the loop's own, which asks for autocast's state, and there is none on the meta device."""
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if is_causal:
-        attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device="meta").tril()
-    scores = (q * (scale or 1.0)) @ k.to(q.dtype).transpose(-2, -1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, 0.0) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1) @ v.to(q.dtype)
+def _of_products(*args: Any, **kwargs: Any) -> torch.Tensor:
+    from mixformer.train.loop import attention_of_products
+
+    return attention_of_products(*args, **kwargs)

@@ -171,19 +171,20 @@ class AttentionOfProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attention_of_products(*args, **(kwargs or {}))
+            return attention_of_products(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _attention_of_products(
+def attention_of_products(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:
+    """What `F.scaled_dot_product_attention` gives, by two matrix products; its arguments."""
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if is_causal:
         attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    with torch.autocast(q.device.type, enabled=False):
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):  # meta has no autocast
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(q.dtype).transpose(-2, -1)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
