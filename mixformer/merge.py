@@ -87,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be repeated",
     )  # fmt: skip
     parser.add_argument("--adapter", metavar="FOLDER", help="write the updates as a PEFT adapter as well")
+    parser.add_argument(
+        "--whole", action="append", default=[], metavar="SELECTOR", help="parameters that were trained as they are and "
+        "go with the adapter, such as image.projector.mlp; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--base", metavar="NAME", help="weights that the adapter says it is for, a folder or hub name")
     parser.add_argument("--format", choices=("own", "hf"), default="own", help="of the output (default: own)")
     parser.add_argument("--trust", action="store_true", help="import classes of yours that the checkpoint names")
@@ -99,8 +103,9 @@ def merge_command(options: argparse.Namespace) -> None:
         ValueError: a folder that cannot be read, the same one twice, no such mixin, or an adapter or format that cannot
             hold what the model has; no output is written then.
     """
-    if options.base is not None and options.adapter is None:
-        raise ValueError("--base is what the adapter is for: give --adapter FOLDER as well.")
+    for name, meaning in (("base", "what the adapter is for"), ("whole", "what goes with the adapter")):
+        if getattr(options, name) and options.adapter is None:
+            raise ValueError(f"--{name} is {meaning}: give --adapter FOLDER as well.")
     folder = Path(options.folder)
     targets = [Path(target).resolve() for target in (options.output, options.adapter) if target is not None]
     if len({folder.resolve(), *targets}) <= len(targets):
@@ -108,7 +113,7 @@ def merge_command(options: argparse.Namespace) -> None:
     model = from_pretrained(folder, trust=options.trust)
     processor = load_processor(folder) if (folder / PROCESSOR_FILE).is_file() else None
     if options.adapter is not None:
-        save_adapter(model, options.adapter, options.mixin, options.base)
+        save_adapter(model, options.adapter, options.mixin, options.base, options.whole)
         print(f"saved {options.adapter}")
     for merged in merge_loras(model, options.mixin):
         print(merged)

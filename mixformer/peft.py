@@ -2,6 +2,7 @@
 
     names = load_adapter(model, "alpaca-lora")         # adds LoRAMixins, ready to train, merge or remove
     save_adapter(model, "my-lora", base_model="meta-llama/Llama-2-7b-hf")
+    save_adapter(model, "my-lora", whole=["image.projector"])  # with a connector that was trained as a whole
 
 PEFT names modules as HF's model of the family has them; the key tables of `models/weights` tell which Linear of ours,
 or which rows of a fused one, that is (`q_proj` is `qkv:q`). PEFT itself is not needed.
@@ -14,19 +15,20 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mixformer.checkpoint import source_of
 from mixformer.hooks import did_you_mean
 from mixformer.mixins.lora import LoRAMixin
 from mixformer.mixins.low_rank import Adapter
 from mixformer.model import BaseModel
+from mixformer.shard_writer import write_file
 from mixformer.shards import read_json
 from mixformer.sites import Linear, all_sites
 
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 REFUSED = {
-    "use_dora": "DoRA", "use_qalora": "QALoRA", "lora_bias": "biases in the updates", "modules_to_save": "modules "
-    "trained whole (modules_to_save)", "trainable_token_indices": "trained rows of embeddings", "layer_replication":
-    "replicated layers", "target_parameters": "updates of bare parameters", "alora_invocation_tokens": "activated LoRA",
-    "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow routing", "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA", "kasa_config": "KaSA",
+    "use_dora": "DoRA", "use_qalora": "QALoRA", "lora_bias": "biases in the updates", "alora_invocation_tokens":
+    "activated LoRA", "trainable_token_indices": "trained rows of embeddings", "layer_replication": "replicated layers",
+    "target_parameters": "updates of bare parameters", "use_bdlora": "block-diagonal LoRA", "velora_config": "VeLoRA",
+    "arrow_config": "Arrow routing", "monteclora_config": "MonteCLoRA", "kasa_config": "KaSA",
 }
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LANGUAGE_FORMATS = ("hf-llama", "hf-mistral", "hf-qwen2", "hf-gpt2")
@@ -91,7 +92,8 @@ def load_adapter(model: BaseModel, folder: str | os.PathLike[str], name: str = "
     """Add the adapter in a PEFT folder to a model.
 
     One `LoRAMixin` takes all updates of one rank, scale and choice of layers; a usual adapter is one mixin. Updates
-    keep the file's dtype where it is the wider one.
+    keep the file's dtype where it is the wider one. Modules that were trained as a whole (`modules_to_save`) take the
+    place of the model's own, in the model's dtype; those are lost.
 
     Args:
         model: of a family that HF knows.
@@ -118,6 +120,7 @@ def load_adapter(model: BaseModel, folder: str | os.PathLike[str], name: str = "
     by_foreign = {foreign: (rule, i) for rule in found.rules(model.config) for i, foreign in enumerate(rule.foreign)}
     groups: dict[tuple[str, int, float], dict[_Place, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
     tensors = load_file(folder / WEIGHTS)
+    replaced = _replaced(model, found, _trained_whole(tensors, config, found), folder / WEIGHTS)
     for key in [key for key in tensors if ".lora_" not in key and key.endswith(".weight")]:
         _check_base(tensors.pop(key), key, found, by_foreign, model, folder / WEIGHTS)
     for module, (a, b) in _tensors(tensors, folder / WEIGHTS).items():
@@ -151,11 +154,15 @@ def load_adapter(model: BaseModel, folder: str | os.PathLike[str], name: str = "
         for own_name in reversed(added):
             model.del_mixin(own_name)
         raise
+    parameters = dict(model.named_parameters())
+    for own, tensor in replaced.items():
+        parameters[own].data.copy_(tensor)
     return added
 
 
 def save_adapter(
-    model: BaseModel, folder: str | os.PathLike[str], names: list[str] | None = None, base_model: str | None = None
+    model: BaseModel, folder: str | os.PathLike[str], names: list[str] | None = None, base_model: str | None = None,
+    whole: Sequence[str] = (),
 ) -> None:
     """Write the LoRA mixins of a model as a PEFT folder; merged ones as well, with the same numbers.
 
@@ -166,9 +173,12 @@ def save_adapter(
         folder: made if it is not there; an adapter in it is replaced.
         names: of the mixins, or their paths; None for all.
         base_model: folder or hub name of the weights that the adapter is for, for PEFT to find them.
+        whole: selectors of parameters that were trained as they are, such as a connector's (`image.projector`); they
+            are written beside the updates, as PEFT's `modules_to_save`.
 
     Raises:
-        ValueError: no LoRA, one on a Linear that HF's model of this family does not have, or dropouts that differ.
+        ValueError: no LoRA, one on a Linear that HF's model of this family does not have, or dropouts that differ; a
+            selector that matches nothing, or less than a module of HF's model.
     """
     found, known = _format_of(model), dict(_loras(model))
     if found.name not in HF_PATHS:
@@ -200,6 +210,11 @@ def save_adapter(
                 transposed.add(rules[own].transposed)
                 for foreign, update in _as_foreign(rules[own], site.module, part, adapter, mixin):
                     updates[_module_path(found, foreign)].append(update)
+    kept = _kept_whole(model, found, whole)
+    modules = _modules_of(kept, found)
+    both = [module for module in updates if any(f"{module}.".startswith(f"{each}.") for each in modules)]
+    if both:
+        raise ValueError(f"'{both[0]}' has a LoRA and is to be kept as a whole; PEFT does one of both: merge the LoRA.")
     stabilized = any(mixin.options.get("rank_stabilized", False) for mixin, _ in mixins.values())
     merged = {module: _summed(each, stabilized) for module, each in updates.items()}
     ranks = Counter(len(update.a) for update in merged.values())
@@ -220,17 +235,19 @@ def save_adapter(
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": transposed == {True},
-        "modules_to_save": None,
+        "modules_to_save": modules or None,
         "init_lora_weights": True,
     }
     tensors = {}
     for module, update in merged.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = update.a.detach().cpu().clone().contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = update.b.detach().cpu().clone().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = update.a
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = update.b
+    tensors.update({PREFIX + _hf_path(found, foreign): tensor for foreign, tensor in kept.items()})
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     partial = target / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, {"format": "pt"})
+    partial.unlink(missing_ok=True)
+    write_file(partial, tensors, tensors.__getitem__)
     os.replace(partial, target / WEIGHTS)
     (target / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -253,6 +270,40 @@ def _check_supported(config: Mapping[str, Any], file: Path) -> None:
             f"{file} was begun with init_lora_weights: {made!r}, which changes the base weights. Save it from PEFT "
             f"as a plain LoRA (path_initial_model_for_weight_conversion)."
         )
+
+
+def _trained_whole(tensors: dict[str, torch.Tensor], config: Mapping[str, Any], found: Format) -> dict[str, Any]:
+    """{foreign name: tensor} of the modules that were trained as a whole, which are taken out of the file's tensors."""
+    endings = tuple(config.get("modules_to_save") or ())  # PEFT takes every module whose path ends so
+    paths = {key: key.removeprefix(PREFIX) for key in tensors if ".lora_" not in key}
+    inside = [
+        key for key, path in paths.items()
+        if any(path[: dot.start()].endswith(endings) for dot in re.finditer(r"\.", path))
+    ]
+    return {found.renamed(paths[key]): tensors.pop(key) for key in inside}
+
+
+def _replaced(
+    model: BaseModel, found: Format, trained: dict[str, torch.Tensor], file: Path
+) -> dict[str, torch.Tensor]:
+    """{our name: tensor} of parameters, whole, of which some or all foreign tensors are new."""
+    parameters, changed = dict(model.named_parameters()), {}
+    for rule in found.rules(model.config):
+        new = [name for name in rule.foreign if name in trained]
+        if not new:
+            continue
+        if rule.own not in parameters or (rule.copies and len(rule.foreign) > 1):
+            raise ValueError(f"{file} replaces '{new[0]}', which cannot be: '{rule.own}' is tied or quantised here.")
+        parts = rule.to_foreign(parameters[rule.own].detach())
+        for name in new:
+            tensor = trained.pop(name)
+            if tensor.shape != parts[name].shape:
+                raise ValueError(f"{file}: '{name}' is {list(tensor.shape)}; this model has {list(parts[name].shape)}.")
+            parts[name] = tensor.to(parts[name])
+        changed[rule.own] = rule.to_own([parts[name] for name in rule.foreign])
+    if trained:
+        raise ValueError(f"{file} replaces '{next(iter(trained))}', which this {found.name} model lacks.")
+    return changed
 
 
 def _check_base(
@@ -370,6 +421,38 @@ def _as_foreign(
         first = last
 
 
+def _kept_whole(model: BaseModel, found: Format, selectors: Sequence[str]) -> dict[str, torch.Tensor]:
+    """{foreign name: tensor} of the parameters that selectors choose; they make up modules of HF's model."""
+    from mixformer.train.roles import select_parameters
+
+    if not selectors:
+        return {}
+    parameters, rules = dict(model.named_parameters()), {rule.own: rule for rule in found.rules(model.config)}
+    kept: dict[str, torch.Tensor] = {}
+    for own in sorted(select_parameters(model, list(selectors))):
+        if own not in rules or (rules[own].copies and len(rules[own].foreign) > 1):
+            raise ValueError(
+                f"'{own}' is no parameter of its own in HF's model ({found.name}), so PEFT cannot hold it. Leave it "
+                f"out, or keep an own checkpoint (save_pretrained)."
+            )
+        kept.update(rules[own].to_foreign(parameters[own]))
+    for module, one in {name.rpartition(".")[0]: name for name in kept}.items():
+        others = [name for rule in rules.values() for name in rule.foreign if name.startswith(f"{module}.")]
+        left = [name for name in others if name not in kept]
+        if left:
+            raise ValueError(
+                f"PEFT keeps whole modules, and '{one}' is in '{module}', which has '{left[0]}' and {len(left) - 1} "
+                f"more that `whole` does not choose. Choose all of that module, or nothing of it."
+            )
+    return kept
+
+
+def _modules_of(kept: Mapping[str, Any], found: Format) -> list[str]:
+    """Paths of the modules that parameters are in, without those inside of others."""
+    paths = {_hf_path(found, name).rpartition(".")[0] for name in kept}
+    return sorted(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))
+
+
 def _summed(updates: list[_Update], stabilized: bool) -> _Update:
     """Several updates of one module as one; a single one stays as it is, bit for bit."""
     first = updates[0]
@@ -392,10 +475,14 @@ def _targets(modules: set[str], found: Format, model: BaseModel) -> list[str]:
 
 
 def _module_path(found: Format, foreign: str) -> str:
-    path = foreign.removesuffix(".weight")
+    return _hf_path(found, foreign).removesuffix(".weight")
+
+
+def _hf_path(found: Format, foreign: str) -> str:
+    """The path in HF's own class of what a key table names so."""
     for pattern, replacement in HF_PATHS[found.name]:
-        path = re.sub(pattern, replacement, path)
-    return path
+        foreign = re.sub(pattern, replacement, foreign)
+    return foreign
 
 
 def _number(value: float) -> float | int:

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixformer import BaseModel, from_pretrained, save_pretrained
+from mixformer.cli import console
 from mixformer.mixins import LoRAMixin
 from mixformer.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from mixformer.train.roles import select_parameters
 from models.gpt2 import GPT2, GPT2Config
 from models.llama import LLaMA, LLaMAConfig
 
@@ -93,6 +95,8 @@ def peft_folder(kind: str, folder: Path, **options: Any) -> tuple[Path, Path, An
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=source) * 0.3)
+        elif ".modules_to_save." in name:
+            parameter += torch.randn(parameter.shape, generator=source) * 0.3
     adapted.save_pretrained(folder / "adapter")
     return folder / "base", folder / "adapter", adapted
 
@@ -159,6 +163,103 @@ def test_peft_loads_an_export_and_gives_the_same_logits(kind: str, tmp_path: Pat
     again = from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "adapter")
     same(again(**inputs(kind)), model(**inputs(kind)))
+
+
+WHOLE = {"llava": ["linear_2", "patch_embedding"], "llama": ["k_proj", "lm_head", "norm"], "qwen2": ["v_proj"]}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_modules_that_peft_trained_as_a_whole_take_the_place_of_the_models(kind: str, tmp_path: Path) -> None:
+    targets = ["q_proj", "down_proj"]
+    base, adapter, adapted = peft_folder(kind, tmp_path, modules_to_save=WHOLE[kind], target_modules=targets)
+    model = from_pretrained(base)
+    names = load_adapter(model, adapter)
+    same(model(**inputs(kind)), hf_logits(adapted, kind))
+    without = from_pretrained(base)
+    before = {name: parameter.clone() for name, parameter in without.named_parameters()}
+    for name in names:
+        model.del_mixin(name)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    # LLaVA's linear_2 has a bias, as Qwen2's qkv; PEFT takes all that ends with "norm", five of them.
+    assert len(changed) == {"llava": 3, "llama": 1 + 5 + 2, "qwen2": 2 * 2}[kind]
+
+
+CHOSEN = {"llava": ["image.projector"], "llama": ["head", "transformer.layers.1.mlp", "*final_norm*"]}
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_what_was_trained_as_a_whole_goes_with_an_adapter_to_peft_and_back(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="the test extra has it")
+
+    base = hf_model(kind)
+    base.save_pretrained(tmp_path / "base")
+    model = from_pretrained(tmp_path / "base")
+    model.add_mixin("lora", LoRAMixin(["qkv:q", "dense"], rank=3, alpha=5.0))
+    chosen = select_parameters(model, CHOSEN[kind])
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if ".lora." in name or name in chosen:
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.3
+    save_adapter(model, tmp_path / "adapter", whole=CHOSEN[kind])
+    size = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values())
+    assert size == sum(p.numel() for name, p in model.named_parameters() if ".lora." in name or name in chosen)
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    same(hf_logits(adapted, kind), model(**inputs(kind)))
+    again = from_pretrained(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(**inputs(kind)), model(**inputs(kind)))
+
+
+def test_the_command_puts_what_was_trained_as_a_whole_beside_the_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = from_pretrained_llava(tmp_path)
+    model = from_pretrained(tmp_path / "llava")
+    model.add_mixin("lora", LoRAMixin(["qkv:q"], rank=2))
+    for name, parameter in model.named_parameters():
+        if ".lora." in name or "projector" in name:
+            parameter += torch.randn(parameter.shape) * 0.3
+    save_pretrained(model, tmp_path / "trained")
+    folders = [str(tmp_path / name) for name in ("trained", "merged")]
+    with pytest.raises(SystemExit):
+        console(["merge", *folders, "--whole", "image.projector"])
+    assert "--whole is what goes with the adapter: give --adapter" in capsys.readouterr().err
+    console(["merge", *folders, "--adapter", str(tmp_path / "adapter"), "--whole", "image.projector"])
+    load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(base(**inputs("llava")), model(**inputs("llava")))
+    same(from_pretrained(tmp_path / "merged")(**inputs("llava")), model(**inputs("llava")))
+
+
+def test_what_is_no_whole_module_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    model, folder = written(tmp_path, lambda content: content.update(modules_to_save=["norm"]))
+    model.add_mixin("lora", LoRAMixin(["qkv:q"], rank=2))
+    for whole, said in (
+        (["hed"], r"'hed' .*head"), (["*layers.0.attention.qkv*"], r"self_attn\.q_proj' has a LoRA and is to be kept"),
+        (["lora"], r"mixins\.lora\..*' is no parameter of its own"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            save_adapter(model, tmp_path / "new", whole=whole)
+    assert not (tmp_path / "new").exists()
+    model.del_mixin("lora")
+    tensors, before = load_file(folder / WEIGHTS), model.transformer.final_norm.weight.clone()
+    for key, tensor, said in (
+        ("model.norm.weight", torch.zeros(15), r"'model\.norm\.weight' is \[15\]; this model has \[16\]"),
+        ("model.other.norm.weight", torch.zeros(16), r"'model\.other\.norm\.weight', which this hf-llama model lacks"),
+    ):
+        save_file({**tensors, f"base_model.model.{key}": tensor}, folder / WEIGHTS)
+        with pytest.raises(ValueError, match=said):
+            load_adapter(model, folder)
+        assert list(model.mixins) == ["rotary", "head"]
+    assert torch.equal(model.transformer.final_norm.weight, before)
+    llava = from_pretrained_llava(tmp_path)
+    llava.add_mixin("lora", LoRAMixin(["qkv:q"], rank=2))
+    with pytest.raises(ValueError, match=r"projector\.linear_1', which has '.*\.linear_1\.bias' and 0 more"):
+        save_adapter(llava, tmp_path / "new", whole=["image.projector.*weight"])
+
+
+def from_pretrained_llava(tmp_path: Path) -> BaseModel:
+    hf_model("llava").save_pretrained(tmp_path / "llava")
+    model: BaseModel = from_pretrained(tmp_path / "llava")
+    return model
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
@@ -233,7 +334,7 @@ def written(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> tuple[Ba
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("use_dora", True, "DoRA"), ("modules_to_save", ["lm_head"], "trained whole"), ("bias", "all", "trains biases"),
+        ("use_dora", True, "DoRA"), ("bias", "all", "trains biases"),
         ("peft_type", "IA3", "'IA3' adapter; only LoRA"), ("init_lora_weights", "pissa_niter_4", "changes the base"),
     ],
 )
