@@ -58,6 +58,8 @@ def console(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after a user's mistake, whose message goes to stderr.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where classes of one's own lie, as for `python -m`
     parser = argparse.ArgumentParser(
         prog="mixformer", description="Compose transformers out of mixins.", allow_abbrev=False
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,19 @@ def test_help_names_every_kind_of_setting(capsys: pytest.CaptureFixture[str]) ->
     for name in ("--config", "--job", "--prompt", "--chat.top_p", "--model.vision.patch_size", "--mixins.NAME"):
         assert name in text
     assert "rows of the word embedding" in " ".join(text.split())
+
+
+def test_the_console_finds_classes_where_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "damping_of_mine.py").write_text(
+        "from mixformer import BaseMixin, wrap\n\n\nclass Damp(BaseMixin):\n    @wrap\n"
+        "    def mlp_forward(self, hidden_states, layer, ctx, old_impl):\n        return old_impl(hidden_states) / 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as a script's, which lacks it
+    console(["describe", "models.llama:LLaMA", "--json", "--mixins.damp", "{class_path: damping_of_mine.Damp}"])
+    assert "damp" in capsys.readouterr().out
 
 
 def test_the_console_without_a_verb_says_so(capsys: pytest.CaptureFixture[str]) -> None:
