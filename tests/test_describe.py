@@ -40,23 +40,38 @@ def part(summary: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in summary["parts"] if (row["owner"], row["part"]) == (owner, rest))
 
 
+DESCRIBE = """
+import sys
+from mixformer.cli import console
+from tests.benchmarks.at_size import peak
+console(["describe", sys.argv[1], "--json"])
+print(peak(), file=sys.stderr)
+"""
+
+
+def run_child(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What a Python process printed, and the seconds of the processor that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.fixture(scope="module")
 def cogagent() -> dict[str, Any]:
     """The 18B model, described by its command in a process of its own; what that took is beside it."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "mixformer", "describe", str(CONFIGS / "cogagent-18b.yaml"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(done.stdout), "seconds": seconds, "bytes of memory": 1024 * after.ru_maxrss}
+    _, of_torch = run_child("-c", "import torch")
+    done, seconds = run_child("-c", DESCRIBE, str(CONFIGS / "cogagent-18b.yaml"))
+    taken = {"seconds": seconds, "seconds of torch": of_torch, "bytes of memory": int(done.stderr.split()[-1])}
+    return {**json.loads(done.stdout), **taken}
 
 
 # ---------------------------------------------------------------- published figures
 
 
 def test_the_18b_model_is_described_in_10_seconds_and_1_5_gb(cogagent: dict[str, Any]) -> None:
-    assert cogagent["seconds"] < 10  # of the processor's time: others may use it as well
+    assert cogagent["seconds"] < 5 * cogagent["seconds of torch"]  # whose import takes two of them, on a quiet machine
     assert cogagent["bytes of memory"] < 1.5e9
 
 

@@ -143,8 +143,9 @@ def several(folder: Path, names: list[str]) -> None:
         draws[name] = torch.rand(()).item()
     engine = engines["fsdp"]
     tokens = _TokenRate(torch.device("cpu"))
-    tokens.add({"input_ids": torch.zeros(2, 20), "attention_mask": torch.arange(40).view(2, 20) < 10 * (rank + 1)}, 3)
-    tokens.since -= 10.0
+    mask = torch.arange(1000).view(2, 500) < 100 * (rank + 1)
+    tokens.add({"input_ids": torch.zeros(2, 500), "attention_mask": mask}, 30)
+    tokens.since -= 100.0
     found = {"draws": draws, "rates": tokens.rates(engine), "in_step": list(engine.in_step(range(rank + 1)))}
     try:
         list(engine.in_step(range(rank)))
@@ -247,9 +248,9 @@ def found_by(mixed: Path, world_size: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_speed_in_the_log_is_that_of_all_processes(world_size: int, mixed: Path) -> None:
     for found in found_by(mixed, world_size):
-        real = sum(10 * (rank + 1) for rank in range(world_size))
-        assert found["rates"]["tokens_per_second"] == pytest.approx(real / 10, rel=0.2)
-        assert found["rates"]["supervised_per_second"] == pytest.approx(3 * world_size / 10, rel=0.2)
+        real = sum(100 * (rank + 1) for rank in range(world_size))
+        assert found["rates"]["tokens_per_second"] == pytest.approx(real / 100, rel=0.2)
+        assert found["rates"]["supervised_per_second"] == pytest.approx(30 * world_size / 100, rel=0.2)
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
