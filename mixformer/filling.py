@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROGRESS_FROM = 10**9
 """Bytes from which reading shows a progress bar."""
 
-READ_AHEAD = 64_000_000
+READ_AHEAD = 32_000_000
 """Bytes that are read before their turn, if more than one tensor."""
 
 

@@ -49,29 +49,23 @@ print(peak(), file=sys.stderr)
 """
 
 
-def run_child(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """What a Python process printed, and the seconds of the processor that it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 @pytest.fixture(scope="module")
 def cogagent() -> dict[str, Any]:
     """The 18B model, described by its command in a process of its own; what that took is beside it."""
-    _, of_torch = run_child("-c", "import torch")
-    done, seconds = run_child("-c", DESCRIBE, str(CONFIGS / "cogagent-18b.yaml"))
-    taken = {"seconds": seconds, "seconds of torch": of_torch, "bytes of memory": int(done.stderr.split()[-1])}
-    return {**json.loads(done.stdout), **taken}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", DESCRIBE, str(CONFIGS / "cogagent-18b.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**json.loads(done.stdout), "seconds": seconds, "bytes of memory": int(done.stderr.split()[-1])}
 
 
 # ---------------------------------------------------------------- published figures
 
 
 def test_the_18b_model_is_described_in_10_seconds_and_1_5_gb(cogagent: dict[str, Any]) -> None:
-    assert cogagent["seconds"] < 5 * cogagent["seconds of torch"]  # whose import takes two of them, on a quiet machine
+    assert cogagent["seconds"] < 10  # of the processor's time: others may use it as well
     assert cogagent["bytes of memory"] < 1.5e9
 
 

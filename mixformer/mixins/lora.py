@@ -98,15 +98,15 @@ class LoRAMixin(SiteMixin):
         """Add the updates to the weights; the originals are kept, so that `unmerge` is exact."""
         if self.merged:
             return
-        self._originals: list[tuple[Linear, torch.Tensor, list[Adapter]]] = []
+        found: list[tuple[Linear, torch.Tensor, list[Adapter]]] = []
         for layer, site in all_sites(model):
             adapters = list(self.adapters_of(site, layer).values()) if isinstance(site.module, Linear) else []
             if adapters:
-                self._originals.append((site.module, site.module.weight.detach().clone(), adapters))
-        for linear, _, adapters in self._originals:  # after all were read, which a quantised one refuses
+                found.append((site.module, site.module.weight.detach().clone(), adapters))
+        for linear, _, adapters in found:  # after all were read, which a quantised one refuses
             for adapter in adapters:
                 adapter.add_to(linear.weight)
-        self.merged = True
+        self._originals, self.merged = found, True
 
     @torch.no_grad()
     def unmerge(self) -> None:
